@@ -1,0 +1,41 @@
+"""Noise that depends on the seed, the sample and the radius alone: not on the batch, its order or the device."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniform_noise(seed: int, indices: Tensor, eps: Fraction, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers in [-1, 1], float64 on the CPU.
+
+    Args:
+        seed: of the run.
+        indices: (batch,) the samples' indices in their data set.
+        eps: the radius.
+        stream: number of the restart.
+        shape: (*features).
+
+    Returns:
+        (batch, *shape).
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    words = [seed, stream, eps.numerator, eps.denominator]
+    state = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for word in words:
+            state = _mix((state ^ np.array([word & (2**64 - 1)], dtype=np.uint64)) + golden)
+        samples = _mix((state ^ indices.cpu().numpy().astype(np.uint64)) + golden)
+        counters = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint64) * golden
+        bits = _mix(samples[:, None] + counters[None])
+    return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1).view(-1, *shape)

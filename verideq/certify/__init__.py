@@ -1,0 +1,7 @@
+"""Bounds, verdicts, and runs over a data set (THEORY 1, 3)."""
+
+from verideq.certify.bound import METHODS, Prepared, bound, margin_rows, prepare
+from verideq.certify.decide import Budget, certify
+from verideq.certify.verdict import Verdict
+
+__all__ = ["METHODS", "Budget", "Prepared", "Verdict", "bound", "certify", "margin_rows", "prepare"]

@@ -1,0 +1,288 @@
+"""`certify`: from images and a radius to verdicts. One batch at a time, each sample on its own."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from verideq.attacks import attack_named
+from verideq.box import Box
+from verideq.certify.bound import Prepared, elide, method_named, prepare, run_method
+from verideq.certify.task import Task, specification
+from verideq.certify.verdict import Verdict
+from verideq.equilibrium import Auto
+from verideq.errors import ConvergenceError, InconsistencyError, InputError, NoGaugeError, VerideqError
+from verideq.graph import evaluating
+from verideq.region import Radius, Region
+from verideq.status import Status
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How hard to try.
+
+    Args:
+        method: a bound method, or ``auto``.
+        attack: an attack suite, or ``none``.
+        max_steps: of the equilibrium solver in a bound.
+        timeout: seconds a sample; ``None`` for no limit.
+        seed: of the attack's noise.
+        radius: look for the largest certified radius of each sample too.
+    """
+
+    method: str = "auto"
+    attack: str = "none"
+    max_steps: int = 1000
+    timeout: float | None = None
+    seed: int = 0
+    radius: bool = False
+
+    def __post_init__(self) -> None:
+        method_named(self.method)
+        attack_named(self.attack)
+        if self.timeout is not None and not self.timeout > 0:
+            raise InputError(f"timeout {self.timeout} is no time; give a number of seconds above 0")
+
+
+def certify(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    eps: Radius,
+    *,
+    norm: str = "linf",
+    method: str = "auto",
+    timeout: float | None = None,
+    C: Tensor | None = None,
+    rhs: Tensor | None = None,
+    attack: str = "none",
+    weights: Tensor | None = None,
+    seed: int = 0,
+    max_steps: int = 1000,
+    radius: bool = False,
+    batch_size: int = 64,
+) -> list[Verdict]:
+    """Decide for every image whether the model is robust on the ball around it.
+
+    The property is ``C @ model(x) > rhs`` for every ``x`` of the ball; without `C` it is that the label's output is
+    strictly the largest.
+
+    Args:
+        model: a module of supported operations, or what `prepare` made of one.
+        images: (batch, *features), floating point in the model's pixel range, or uint8 (divided by 255).
+        labels: (batch,) integers; ``None`` only with `C`.
+        eps: the radius, e.g. ``0.1`` or ``"8/255"``.
+        norm: ``linf`` or ``l2``.
+        method: a bound method, or ``auto``.
+        timeout: seconds a sample.
+        C: (rows, outputs) or (batch, rows, outputs).
+        rhs: (rows,) or (batch, rows); ``None``: zero.
+        attack: ``none`` or ``pgd``: look for counterexamples too.
+        weights: (*features), radii of the features in units of eps.
+        seed: of the attack.
+        max_steps: of the equilibrium solver.
+        radius: look for the largest certified radius of each sample too.
+        batch_size: samples at a time; no verdict depends on it.
+
+    Returns:
+        a `Verdict` for every image, in order.
+
+    Raises:
+        InputError: images, labels, radius or specification that make no sense.
+        UnsupportedOperation: a model that cannot be bounded.
+        InconsistencyError: an attack broke what a bound had certified.
+    """
+    prepared = prepare(model)
+    budget = Budget(method, attack, max_steps, timeout, seed, radius)
+    if images.dtype is torch.uint8:
+        images = images.to(torch.float64) / 255
+    count = len(images)
+    original = model if isinstance(model, nn.Module) else None
+    verdicts: list[Verdict] = []
+    # Everything is checked before the first batch is worked on.
+    region = Region(images, eps, norm, prepared.graph.pixel_range, weights=weights)
+    task = Task(region, labels, *specification(prepared, images, labels, C, rhs), torch.arange(count))
+    for start in range(0, count, batch_size):
+        verdicts += decide(prepared, task[slice(start, start + batch_size)], budget, original)
+    return verdicts
+
+
+def decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module | None = None) -> list[Verdict]:
+    """Verdicts for one batch; an exception costs only the samples that raise it.
+
+    Args:
+        original: the user's own model: a witness has to break it as well.
+
+    Raises:
+        InconsistencyError: an attack broke what a bound had certified.
+    """
+    try:
+        return _decide(prepared, task.to(prepared.device), budget, original)
+    except InconsistencyError:
+        raise
+    except (VerideqError, RuntimeError, MemoryError, ValueError) as error:
+        if len(task) > 1:
+            halves = (slice(0, len(task) // 2), slice(len(task) // 2, None))
+            return [v for half in halves for v in decide(prepared, task[half], budget, original)]
+        label = None if task.labels is None else int(task.labels[0])
+        unsolved = isinstance(error, ConvergenceError)
+        status, reason = (Status.UNKNOWN, str(error)) if unsolved else (Status.ERROR, f"{type(error).__name__}: {error}")
+        return [Verdict(status, None, task.region.eps, task.region.norm, budget.method, False, reason, 0.0, label=label)]
+
+
+class _Draft:
+    """The verdicts of a batch while they are being worked out."""
+
+    def __init__(self, task: Task, budget: Budget) -> None:
+        self.task, self.started = task, time.monotonic()
+        self.deadline = math.inf if budget.timeout is None else self.started + budget.timeout * len(task)
+        region = task.region
+        blank = Verdict(Status.UNKNOWN, None, region.eps, region.norm, budget.method, False, "", 0.0)
+        self.verdicts = [
+            replace(blank, label=None if task.labels is None else int(task.labels[i])) for i in range(len(task))
+        ]
+
+    def set(self, i: int, **changes: object) -> None:
+        self.verdicts[i] = replace(self.verdicts[i], **changes)  # type: ignore[arg-type]  # fields by name
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def finish(self) -> list[Verdict]:
+        late, seconds = self.late(), (time.monotonic() - self.started) / len(self.verdicts)
+        reason = "the time limit was reached; raise --timeout"
+        return [
+            replace(v, status=Status.TIMEOUT, reason=reason, seconds=seconds)
+            if late and v.status in (Status.UNKNOWN, Status.CERTIFIED)
+            else replace(v, seconds=seconds)
+            for v in self.verdicts
+        ]
+
+
+def _decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module | None) -> list[Verdict]:
+    draft = _Draft(task, budget)
+    method = "interval" if budget.method == "auto" else budget.method
+    right = _predict(prepared, task, draft)
+    if right:
+        part = task[torch.tensor(right)]
+        _prove(prepared, part, draft, right, budget, method)
+        if budget.radius:
+            for i, found in zip(right, _radii(prepared, part, budget, method), strict=True):
+                draft.set(i, radius=found)
+        if budget.attack != "none" and not draft.late():
+            _attack(prepared, part, draft, right, budget, original)
+    return draft.finish()
+
+
+def _predict(prepared: Prepared, task: Task, draft: _Draft) -> list[int]:
+    """Look at the centres; returns the samples that have the property there, or may have it."""
+    center = task.region.center
+    if prepared.missing:
+        with torch.no_grad():
+            outputs = prepared.graph(center)
+        values = Box(outputs, outputs)  # measured, not proved
+    else:
+        values = run_method(prepared, Box(center, center), None, "interval", 1000).box
+        outputs = values.center
+    highest = elide(values, task.C, None, None).upper - task.rhs
+    right = []
+    wrong, finite = (highest < 0).any(1).tolist(), outputs.isfinite().all(1).tolist()
+    for i, prediction in enumerate(outputs.argmax(1).tolist()):
+        if not finite[i]:
+            draft.set(i, status=Status.ERROR, reason="the outputs at the centre are not finite")
+            continue
+        draft.set(i, prediction=prediction)
+        if wrong[i]:
+            draft.set(i, status=Status.MISCLASSIFIED, reason="the centre lacks the property already")
+        else:
+            right.append(i)
+    return right
+
+
+def _prove(prepared: Prepared, part: Task, draft: _Draft, right: list[int], budget: Budget, method: str) -> None:
+    """Bound the samples `right`, which are the rows of `part`."""
+    try:
+        bounds = run_method(prepared, part.region, part.C, method, budget.max_steps)
+    except NoGaugeError as error:
+        for i in right:
+            draft.set(i, method=method, reason=f"{error} (measured contraction rate {error.rate:.4g})")
+        return
+    lower = (bounds.box.lower - part.rhs).amin(1).tolist()
+    for i, margin, steps in zip(right, lower, bounds.steps.tolist(), strict=True):
+        draft.set(i, margin=margin if math.isfinite(margin) else None, method=method, steps=steps)
+        if margin > 0:
+            draft.set(i, status=Status.CERTIFIED)
+        elif not math.isfinite(margin):
+            draft.set(i, reason="the bound is not finite; the weights or the region are too large for float64")
+        else:
+            draft.set(i, reason=f"the {method} bound is not tight enough; try a smaller eps, or train with certified training")
+
+
+def _radii(prepared: Prepared, part: Task, budget: Budget, method: str) -> list[float | None]:
+    """The largest radius that each sample is certified at, by bisection to one part in 2¹⁴ of the range."""
+    region = part.region
+    if prepared.missing:
+        return [None] * len(part)
+    shape = (-1, *[1] * (region.center.dim() - 1))
+    span = float(region.eps) * 8 if region.clip is None else region.clip[1] - region.clip[0]
+    low, high = torch.zeros_like(part.rhs[:, 0]), torch.full_like(part.rhs[:, 0], span)
+    for _ in range(14):
+        middle = (low + high) / 2
+        bounds = run_method(prepared, region.box_of(middle.view(shape)), part.C, method, budget.max_steps)
+        held = (bounds.box.lower > part.rhs).all(1)
+        low, high = torch.where(held, middle, low), torch.where(held, high, middle)
+    return [float(value) for value in low.tolist()]
+
+
+def _attack(
+    prepared: Prepared, part: Task, draft: _Draft, right: list[int], budget: Budget, original: nn.Module | None
+) -> None:
+    """Attack the samples `right`, prove what is found, and hold it against what was certified."""
+    attack = attack_named(budget.attack)
+    if attack is None:
+        return
+    target = prepared.graph.frozen(device=prepared.device, solver=Auto(tol=1e-6), throw=False)
+    points, margins = attack(
+        target, part.region, part.C, part.rhs, indices=part.indices, seed=budget.seed, stop=draft.late
+    )
+    broken = (margins < 0) & part.region.contains(points)
+    if original is not None and bool(broken.any()):
+        # What breaks the stored numbers has to break the user's own model, in its own dtype, too.
+        deployed = _rows(original, points, part)
+        broken &= (deployed < 0).any(1)
+    proved = torch.zeros_like(broken)
+    if not prepared.missing:
+        highest = run_method(prepared, Box(points, points), part.C, "interval", 1000).box.upper
+        proved = broken & (highest < part.rhs).any(1)
+    for k, i in enumerate(right):
+        draft.set(i, attacked=not bool(broken[k]))
+        if bool(proved[k]):
+            _falsify(draft, i, points[k], int(part.indices[k]))
+        elif bool(broken[k]) and draft.verdicts[i].status is Status.UNKNOWN:
+            found = "an attack changed the prediction, but this is measured and not proved"
+            draft.set(i, reason=f"{found}; {draft.verdicts[i].reason}")
+
+
+def _falsify(draft: _Draft, i: int, point: Tensor, index: int) -> None:
+    witness = point.cpu().numpy()
+    verdict = draft.verdicts[i]
+    if verdict.status is Status.CERTIFIED:
+        raise InconsistencyError(
+            f"sample {index} is certified at {verdict.norm} eps {verdict.eps} (margin {verdict.margin:.6g}) and broken by "
+            "a proved witness: one of the two is a bug; please report it with the saved files",
+            {"index": index, "verdict": verdict, "witness": witness},
+        )
+    draft.set(i, status=Status.FALSIFIED, witness=witness, reason="a point of the region provably lacks the property")
+
+
+@torch.no_grad()
+def _rows(original: nn.Module, points: Tensor, part: Task) -> Tensor:
+    """The specification's rows as the user's own model computes them, (batch, rows)."""
+    first = next((p for p in [*original.parameters(), *original.buffers()] if p.is_floating_point()), points)
+    with evaluating(original):
+        outputs = original(points.to(first.device, first.dtype)).to(part.C)
+    return (part.C @ outputs[:, :, None])[:, :, 0] - part.rhs

@@ -1,0 +1,113 @@
+"""A box that is sure to hold every equilibrium: any solver, one inflation along the gauge (THEORY 1.3, 1.4).
+
+Let ``u`` be a gauge with slack ``s``, and ``G`` the interval map of the layer, rounded outward. For any ``0 <= l <= h``, moved out
+by ``t u`` with ``t = max_i max(0, G_h - h, l - G_l)_i / s_i``,
+
+    G([l - t u, h + t u])  ⊆  [l - t|W|u + ..., ...]  ⊆  [l - t u, h + t u]
+
+so that by Brouwer and uniqueness the moved box holds ``z*(v)`` for every ``v`` of the box of injections, however early the solver
+was stopped. When it was stopped early the box is cut with ``[0, t₀ u]``, ``t₀ = max_i (v_u)_i⁺ / s_i``, which maps into itself as
+well, and ``B <- B ∩ G(B)`` only tightens from there.
+
+Everything is done with ``W̃``, every row solved for its own unknown: a gauge of ``W`` is one of ``W̃``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from verideq.box import Box, gamma, outward, spread, underflow
+from verideq.equilibrium import Equilibrium, Gauge, Operator, Solver, System, fixed_point
+from verideq.equilibrium.gauge import slack
+from verideq.errors import NoGaugeError
+
+REFINEMENTS = 20
+"""Anytime-sound steps after a solver that was stopped early."""
+
+
+@dataclass(frozen=True)
+class Enclosure:
+    """What is known of an equilibrium over a box of injections.
+
+    Args:
+        box: (batch, *features); it holds every equilibrium. NaN where nothing is known.
+        steps: (batch,) solver steps.
+        converged: (batch,) whether the solver reached its tolerance: tight if so, sound either way.
+    """
+
+    box: Box
+    steps: Tensor
+    converged: Tensor
+
+
+@torch.no_grad()
+def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) -> Enclosure:
+    """Enclose the equilibria of a float64 layer for every injection of a box.
+
+    Args:
+        layer: float64; only its stored ``W`` is read.
+        gauge: of ``W`` or of ``W̃``; its slack is checked here again.
+        injection: float64, (batch, *features).
+        solver: tolerance and step limit of the search for the pair.
+
+    Raises:
+        NoGaugeError: the slack of the gauge is not positive.
+    """
+    operator, factor = layer.operator().solved()
+    u = gauge.u.to(injection.lower)
+    room = slack(operator, u)
+    if not bool((room > 0).all()):
+        raise NoGaugeError("the vector given as a gauge has a slack that is not positive", float((1 - room / u).max()))
+    u, room = operator.spread_units(u), operator.spread_units(room)
+    center, radius = injection.ball()
+    # v / (1 - diag W): three roundings, on both sides of the product.
+    radius = spread(center, radius, 4) * factor + underflow(1, factor, center, radius)
+    center = center * factor
+
+    system = System(operator, torch.stack((center, radius)))
+    solution = fixed_point(system.stepper(), system.start(), solver)
+    middle, half = solution.value
+    guess = Box((middle - half).clamp_(min=0), (middle + half).clamp_(min=0))
+
+    def image(box: Box) -> Box:
+        return _image(operator, center, radius, box)
+
+    box = _inflate(guess, image(guess), u, room)
+    if not bool(solution.converged.all()):
+        top = (center + radius).clamp_(min=0)
+        reach = (_most(top / room) * u * (1 + 2.0**-51)).expand_as(top)
+        anytime = box.intersect(Box(torch.zeros_like(top), torch.nextafter(reach, torch.full_like(reach, torch.inf))))
+        for _ in range(REFINEMENTS):
+            anytime = anytime.intersect(image(anytime))
+        late = solution.converged.view(-1, *[1] * (middle.dim() - 1))
+        box = Box(torch.where(late, box.lower, anytime.lower), torch.where(late, box.upper, anytime.upper))
+    return Enclosure(box, solution.steps, solution.converged)
+
+
+def _image(operator: Operator, center: Tensor, radius: Tensor, box: Box) -> Box:
+    """``G(box)`` with the injection ``center ± radius``, rounded outward."""
+    middle, half = box.ball()
+    terms = operator.terms + 3  # a stored row of W̃ is three roundings away from the exact one
+    g = gamma(terms)
+    pushed = operator.absolute().apply(spread(middle, half, terms))
+    lost = underflow(terms, middle, half, operator.absolute_units())
+    total = pushed + radius * (1 + g) + g * center.abs() + lost
+    moved = outward(operator.apply(middle) + center, total)
+    return Box(moved.lower.clamp(min=0), moved.upper.clamp(min=0))
+
+
+def _most(excess: Tensor) -> Tensor:
+    """The largest entry of each sample, a little more than rounded up, shaped to broadcast."""
+    most = excess.flatten(1).amax(1).mul(1 + 2.0**-49)
+    return most.view(-1, *[1] * (excess.dim() - 1))
+
+
+def _inflate(guess: Box, image: Box, u: Tensor, room: Tensor) -> Box:
+    excess = torch.maximum(image.upper - guess.upper, guess.lower - image.lower).clamp(min=0)
+    reach = _most(excess / room) * u * (1 + 2.0**-51)
+    infinity = torch.full((), torch.inf, dtype=reach.dtype, device=reach.device)
+    lower = torch.nextafter(guess.lower - reach, -infinity).clamp(min=0)
+    return Box(lower, torch.nextafter(guess.upper + reach, infinity))

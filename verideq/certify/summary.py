@@ -1,0 +1,83 @@
+"""The numbers of a run: verdicts counted by eps, with 95 % intervals. `summary.json` holds what `summarise` returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from scipy.special import betaincinv
+
+from verideq.status import Status
+
+REJECTED = "the checker refused"
+"""How the reason of a sample begins whose certificate was proposed and not accepted; `rejected` counts these."""
+
+
+def interval95(k: int, n: int) -> tuple[float, float]:
+    """The exact two-sided 95 % interval of a proportion (Clopper and Pearson, Biometrika 26, 1934).
+
+    Args:
+        k: successes, ``0 <= k <= n``.
+        n: trials; with none, nothing is known.
+
+    Returns:
+        Lower and upper end, as fractions of one.
+
+    Raises:
+        ValueError: `k` is negative or above `n`.
+
+    >>> interval95(0, 0)
+    (0.0, 1.0)
+    """
+    if not 0 <= k <= n:
+        raise ValueError(f"{k} successes of {n} trials: give 0 <= k <= n")
+    # The quantiles of beta(k, n - k + 1) and beta(k + 1, n - k).
+    lower = 0.0 if k == 0 else float(betaincinv(k, n - k + 1, 0.025))
+    upper = 1.0 if k == n else float(betaincinv(k + 1, n - k, 0.975))
+    return lower, upper
+
+
+def summarise(records: Iterable[Mapping[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Count the verdicts of a run, whole or interrupted.
+
+    Args:
+        records: the lines of ``results.jsonl``, in any order.
+        meta: ``run.json``: `model`, `data`, `version` and `attack` are read.
+
+    Returns:
+        ``summary.json``: `model, data, version, results`, one result an eps in rising order. `checked` is true when
+        something was certified and the checker accepted all of it; `by_method` adds up to `certified`.
+
+    Raises:
+        ValueError: a status that does not exist.
+    """
+    groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((float(record["eps"]), str(record["norm"])), []).append(record)
+    with_attack = meta.get("attack", "none") != "none"
+    results = [_count(eps, norm, groups[eps, norm], with_attack) for eps, norm in sorted(groups)]
+    return {key: meta.get(key) for key in ("model", "data", "version")} | {"results": results}
+
+
+def _count(eps: float, norm: str, records: list[Mapping[str, Any]], with_attack: bool) -> dict[str, Any]:
+    n = len(records)
+    statuses = Counter(Status(r["status"]) for r in records)
+    proved = [r for r in records if r["status"] == Status.CERTIFIED]
+    clean = sum(r["prediction"] is not None and r["prediction"] == r["label"] for r in records)
+    attacked = sum(r["attacked"] is True for r in records) if with_attack else None
+    return {
+        "eps": eps,
+        "norm": norm,
+        "n": n,
+        **{status.value.lower(): statuses[status] for status in Status},
+        "rejected": sum(str(r["reason"] or "").startswith(REJECTED) for r in records),
+        "clean": clean,
+        "attacked": attacked,
+        "checked": bool(proved) and all(r["checked"] is True for r in proved),
+        "by_method": dict(sorted(Counter(str(r["method"]) for r in proved).items())),
+        "seconds": sum(float(r["seconds"] or 0) for r in records),
+        "clean_interval": list(interval95(clean, n)),
+        "attacked_interval": None if attacked is None else list(interval95(attacked, n)),
+        "certified_interval": list(interval95(len(proved), n)),
+    }

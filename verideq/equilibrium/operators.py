@@ -1,0 +1,216 @@
+"""The linear part ``W`` of an equilibrium layer as an operator: a snapshot of the stored weights, taken once a call.
+
+Solver, gradients, bounds and gauge all read the same snapshot, so that a parametrization is evaluated once and nothing
+can change in between. A new kind of ``W`` (factored, block, scaled) is one more class with these methods, and one more
+line in `operator_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from verideq.errors import ModelError
+
+
+class Operator(Protocol):
+    """A square linear map on tensors of shape (batch, *features)."""
+
+    @property
+    def terms(self) -> int:
+        """The number of products summed for one output: what rounding-error bounds need."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored weights."""
+
+    def apply(self, z: Tensor) -> Tensor:
+        """``W z``; (batch, *features) in and out."""
+
+    def absolute(self) -> Operator:
+        """The operator of ``|W|``, entrywise."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Operator:
+        """The same operator with every stored tensor changed: another dtype or device, or cut off from autograd."""
+
+    def solved(self) -> tuple[Operator, Tensor]:
+        """Every ReLU row solved for its own unknown (THEORY 1, "large negative diagonals").
+
+        ``z_i = relu(W_ii z_i + rest_i)`` and ``z_i = relu(rest_i / (1 - W_ii))`` have the same solutions for
+        ``W_ii < 1``. Returns ``W̃ = (I - diag W)⁻¹ offdiag W`` and the row factor ``1 / (1 - diag W)``, shaped to
+        multiply an injection. Rows with ``W_ii >= 1`` are left as they are (factor 1).
+        """
+
+    def absolute_units(self) -> Tensor:
+        """``|W|`` summed over the positions of a unit: (units, units); ``u`` with ``K u < u`` is a gauge."""
+
+    def spread_units(self, u: Tensor) -> Tensor:
+        """One number a unit, (units,), shaped to broadcast over (batch, *features)."""
+
+
+def _own(weight: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight without its own entries, rows divided by ``1 - own``; and the factors."""
+    solvable = own < 1
+    factor = torch.where(solvable, 1 - own, torch.ones_like(own)).reciprocal()
+    return torch.where(solvable, torch.zeros_like(own), own), factor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """``W`` as a matrix of shape (units, units), acting on (batch, units)."""
+
+    weight: Tensor
+
+    @property
+    def terms(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def apply(self, z: Tensor) -> Tensor:
+        return F.linear(z, self.weight)
+
+    def absolute(self) -> Dense:
+        return Dense(self.weight.abs())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(change(self.weight))
+
+    def solved(self) -> tuple[Dense, Tensor]:
+        kept, factor = _own(self.weight, self.weight.diagonal())
+        weight = self.weight * factor[:, None]
+        return Dense(weight.diagonal_scatter(kept * factor)), factor
+
+    def absolute_units(self) -> Tensor:
+        return self.weight.abs()
+
+    def spread_units(self, u: Tensor) -> Tensor:
+        return u
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """``W`` as a stride-1 "same" convolution, acting on (batch, channels, height, width).
+
+    Args:
+        weight: (channels, channels / groups, kernel height, kernel width).
+        pads: rows and columns added around the image, as `torch.nn.functional.pad` takes them:
+            (left, right, top, bottom).
+        mode: ``zeros``, ``circular``, ``reflect`` or ``replicate``, as in `torch.nn.Conv2d`.
+    """
+
+    weight: Tensor
+    pads: tuple[int, int, int, int]
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    mode: str = "zeros"
+
+    @property
+    def terms(self) -> int:
+        return self.weight[0].numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def _symmetric(self) -> tuple[int, int] | None:
+        """The padding as one number an axis, where the convolution itself can pad."""
+        left, right, top, bottom = self.pads
+        return (top, left) if self.mode == "zeros" and left == right and top == bottom else None
+
+    def _pad(self, z: Tensor) -> Tensor:
+        return F.pad(z, self.pads, "constant" if self.mode == "zeros" else self.mode)
+
+    def _with(self, weight: Tensor) -> Convolution:
+        return Convolution(weight, self.pads, self.dilation, self.groups, self.mode)
+
+    def apply(self, z: Tensor) -> Tensor:
+        padding = self._symmetric
+        if padding is None:
+            z, padding = self._pad(z), (0, 0)
+        return F.conv2d(z, self.weight, None, 1, padding, self.dilation, self.groups)
+
+    def absolute(self) -> Convolution:
+        return self._with(self.weight.abs())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Convolution:
+        return self._with(change(self.weight))
+
+    def solved(self) -> tuple[Convolution, Tensor]:
+        # The tap that reads the output's own position. At a border a padded copy of a pixel may be read as well; that
+        # share stays in W̃, which is just as valid: any part of the diagonal may be moved to the left.
+        row, odd_row = divmod(self.pads[2], self.dilation[0])
+        column, odd_column = divmod(self.pads[0], self.dilation[1])
+        channels, per_group = self.weight.shape[:2]
+        if odd_row or odd_column:
+            return self, self.weight.new_ones(channels, 1, 1)
+        outputs = torch.arange(channels, device=self.weight.device)
+        place = (outputs, outputs % per_group, torch.full_like(outputs, row), torch.full_like(outputs, column))
+        kept, factor = _own(self.weight, self.weight[place])
+        weight = self.weight.index_put(place, kept) * factor[:, None, None, None]
+        return self._with(weight), factor[:, None, None]
+
+    def absolute_units(self) -> Tensor:
+        channels, per_group = self.weight.shape[:2]
+        sums = self.weight.abs().sum((2, 3))
+        if self.groups == 1:
+            return sums
+        return torch.block_diag(*sums.view(self.groups, channels // self.groups, per_group))
+
+    def spread_units(self, u: Tensor) -> Tensor:
+        return u[:, None, None]
+
+
+def operator_of(fusion: nn.Module, place: str = "fusion") -> Operator:
+    """The operator of a `Linear` or `Conv2d`, its weight read (and its parametrization evaluated) once.
+
+    Raises:
+        ModelError: the module is neither, has a bias, or does not map its input shape to itself.
+    """
+    kind = type_before_parametrizations(fusion)
+    if getattr(fusion, "bias", None) is not None:
+        raise ModelError(f"{place}: the fusion of an equilibrium has no bias (bias=False); put it into the injection")
+    if kind is nn.Linear:
+        weight: Tensor = fusion.weight  # type: ignore[assignment]  # nn.Module attributes are typed as a union
+        if weight.shape[0] != weight.shape[1]:
+            raise ModelError(f"{place}: W maps a state to a state, but its weight is {tuple(weight.shape)}; make it square")
+        return Dense(weight)
+    if kind is nn.Conv2d:
+        return _convolution_of(fusion, place)  # type: ignore[arg-type]  # the type test above is on the original class
+    raise ModelError(
+        f"{place}: a fusion is a Linear or a Conv2d without bias, whose weight may be parametrized; got {kind.__name__}"
+    )
+
+
+def _convolution_of(fusion: nn.Conv2d, place: str) -> Convolution:
+    weight, dilation = fusion.weight, (fusion.dilation[0], fusion.dilation[1])
+    reach = tuple(d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
+    if fusion.padding == "same":
+        top, left = reach[0] // 2, reach[1] // 2
+        pads = (left, reach[1] - left, top, reach[0] - top)
+    elif isinstance(fusion.padding, str):  # "valid"
+        pads = (0, 0, 0, 0)
+    else:
+        pads = (fusion.padding[1],) * 2 + (fusion.padding[0],) * 2
+    same = (pads[2] + pads[3], pads[0] + pads[1]) == reach and set(fusion.stride) == {1}
+    if not same or fusion.in_channels != fusion.out_channels:
+        raise ModelError(
+            f'{place}: W maps a state to a state, so its convolution needs stride 1, padding="same" and as many output '
+            f"as input channels; got stride {fusion.stride}, padding {fusion.padding}, kernel {fusion.kernel_size}, "
+            f"dilation {fusion.dilation}, channels {fusion.in_channels} -> {fusion.out_channels}"
+        )
+    return Convolution(weight, pads, dilation, fusion.groups, fusion.padding_mode)
+
+
+def exactly(weights: Tensor) -> Tensor:
+    """The stored numbers in float64, cut off from autograd: for `Operator.map`."""
+    return weights.detach().to(torch.float64)

@@ -1,0 +1,22 @@
+"""A model as a small graph of supported operations, and its file."""
+
+from verideq.graph.file import load_model, model_hash, refuse_pickle, save_model
+from verideq.graph.graph import INPUT, Graph, Node
+from verideq.graph.operations import OPERATIONS, Add, Normalize, Operation
+from verideq.graph.trace import evaluating, trace
+
+__all__ = [
+    "INPUT",
+    "OPERATIONS",
+    "Add",
+    "Graph",
+    "Node",
+    "Normalize",
+    "Operation",
+    "evaluating",
+    "load_model",
+    "model_hash",
+    "refuse_pickle",
+    "save_model",
+    "trace",
+]

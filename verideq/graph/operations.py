@@ -1,0 +1,242 @@
+"""The operations that a model may be made of: one table that tracing, the model file, `inspect` and the bounds share.
+
+An operation is a `torch.nn` module class with the constructor arguments that fix it and the tensors that it holds. To
+add one: a line in `OPERATIONS`, a rule in `verideq.certify.interval`, a case in the conformance suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from verideq.equilibrium import Equilibrium
+from verideq.errors import ModelError
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std`` by channel: the first layer of a model whose pixels are normalised.
+
+    Perturbations live in pixel space, so normalisation belongs to the model.
+
+    Args:
+        mean: one number a channel (axis 1), or a single one.
+        std: likewise, positive.
+
+    Raises:
+        ModelError: a `std` that is not positive, or lengths that differ.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor | list[float] | float, std: Tensor | list[float] | float) -> None:
+        super().__init__()
+        self.register_buffer("mean", _vector(mean))
+        self.register_buffer("std", _vector(std))
+        if self.mean.shape != self.std.shape or not bool((self.std > 0).all()):
+            raise ModelError(
+                f"Normalize needs as many means as standard deviations, these positive; got mean {self.mean.tolist()}, "
+                f"std {self.std.tolist()}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        return (x - self.mean.view(shape)) / self.std.view(shape)
+
+
+def _vector(values: Tensor | list[float] | float) -> Tensor:
+    if isinstance(values, Tensor) and values.is_floating_point():
+        return values.reshape(-1)
+    return torch.as_tensor(values, dtype=torch.get_default_dtype()).reshape(-1)
+
+
+class Add(nn.Module):
+    """``a + b``: a residual connection."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kind of node.
+
+    Args:
+        kind: its name in files and messages.
+        module: the class; exactly this one, because a subclass may compute something else.
+        attributes: constructor arguments, read from the module's attributes of the same name.
+        tensors: names of the tensors that define it; a missing one is ``None``.
+        build: from attributes and tensors to a module in evaluation mode; the default sets the tensors on
+            ``module(**attributes)``.
+        refuse: why an instance cannot be used, or an empty string.
+    """
+
+    kind: str
+    module: type[nn.Module]
+    attributes: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    build: Callable[[Mapping[str, Any], Mapping[str, Tensor]], nn.Module] | None = None
+    refuse: Callable[[Any], str] = lambda module: ""
+
+    def describe(self, module: nn.Module) -> dict[str, Any]:
+        """The constructor arguments of an instance, JSON-ready."""
+        return {name: getattr(module, name) for name in self.attributes}
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of an instance, materialised: parametrizations evaluated, in the stored dtype."""
+        with torch.no_grad():
+            values = {name: getattr(module, name) for name in self.tensors}
+        return {name: value.detach() for name, value in values.items() if value is not None}
+
+    def create(self, attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+        """An instance from what `describe` and `state` gave.
+
+        Raises:
+            ModelError: the arguments do not fit the operation.
+        """
+        arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in attributes.items()}
+        if set(arguments) != set(self.attributes) or not set(tensors) <= set(self.tensors):
+            raise ModelError(
+                f"{self.kind} takes the arguments {sorted(self.attributes)} and the tensors {sorted(self.tensors)}; "
+                f"got {sorted(arguments)} and {sorted(tensors)}"
+            )
+        try:
+            # On the meta device nothing is allocated or drawn for the tensors that are about to be replaced.
+            with torch.device("meta"):
+                module = self.build(arguments, tensors) if self.build else self.module(**arguments)
+            _set(module, self.tensors, tensors)
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"{self.kind} cannot be built from its description: {error}") from error
+        return module.eval()
+
+
+def _set(module: nn.Module, names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> None:
+    """Replace the module's tensors, checking shapes; what is not given becomes ``None``."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner, value = module.get_submodule(path), tensors.get(name)
+        current = getattr(owner, leaf)
+        if value is None:
+            setattr(owner, leaf, None)
+            continue
+        if current is not None and current.shape != value.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(current.shape)}")
+        stored = value.clone()
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(stored, requires_grad=False)
+        else:
+            owner.register_buffer(leaf, stored)
+
+
+_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def _build_normalize(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    return Normalize(tensors["mean"], tensors["std"], **attributes)
+
+
+def _build_batch_norm(kind: type[nn.Module]) -> Callable[[Mapping[str, Any], Mapping[str, Tensor]], nn.Module]:
+    def build(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+        module = kind(**attributes, affine="weight" in tensors)
+        module.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device="cpu"))
+        return module
+
+    return build
+
+
+def _refuse_batch_norm(module: nn.BatchNorm2d) -> str:
+    return "" if module.running_mean is not None else "it has no running statistics (track_running_stats=False)"
+
+
+def _refuse_max_pool(module: nn.MaxPool2d) -> str:
+    return "it returns indices" if module.return_indices else ""
+
+
+def _refuse_flatten(module: nn.Flatten) -> str:
+    whole = (module.start_dim, module.end_dim) == (1, -1)
+    return "" if whole else f"it flattens axes {module.start_dim} to {module.end_dim}; only (1, -1) keeps samples apart"
+
+
+@dataclass(frozen=True)
+class _EquilibriumOperation(Operation):
+    """The layer without its injection, which is a part of the graph before it: ``v -> z*``."""
+
+    def describe(self, module: nn.Module) -> dict[str, Any]:
+        fusion = module.get_submodule("fusion")
+        inner = OPERATIONS[FUSIONS[type_before_parametrizations(fusion)]]
+        return {"activation": "relu", "fusion": {"operation": inner.kind, "attributes": inner.describe(fusion)}}
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        with torch.no_grad():
+            weight: Tensor = module.get_submodule("fusion").weight  # type: ignore[assignment]  # a weight is a tensor
+        return {"fusion.weight": weight.detach()}
+
+
+def _build_equilibrium(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    fusion = attributes["fusion"]
+    if fusion["operation"] not in FUSIONS.values():
+        raise ValueError(f"unknown fusion {fusion['operation']!r}; known: {', '.join(FUSIONS.values())}")
+    inner = OPERATIONS[fusion["operation"]]
+    module = inner.create(fusion["attributes"], {"weight": tensors["fusion.weight"]})
+    return Equilibrium(module, nn.Identity(), attributes["activation"])
+
+
+OPERATIONS: dict[str, Operation] = {
+    operation.kind: operation
+    for operation in (
+        Operation("normalize", Normalize, (), ("mean", "std"), _build_normalize),
+        Operation("linear", nn.Linear, ("in_features", "out_features"), ("weight", "bias")),
+        Operation("conv2d", nn.Conv2d, _CONV, ("weight", "bias")),
+        Operation(
+            "batch_norm1d", nn.BatchNorm1d, ("num_features", "eps"), ("weight", "bias", "running_mean", "running_var"),
+            _build_batch_norm(nn.BatchNorm1d), _refuse_batch_norm,
+        ),
+        Operation(
+            "batch_norm2d", nn.BatchNorm2d, ("num_features", "eps"), ("weight", "bias", "running_mean", "running_var"),
+            _build_batch_norm(nn.BatchNorm2d), _refuse_batch_norm,
+        ),
+        Operation("relu", nn.ReLU),
+        Operation(
+            "avg_pool2d", nn.AvgPool2d,
+            ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+        ),
+        Operation("adaptive_avg_pool2d", nn.AdaptiveAvgPool2d, ("output_size",)),
+        Operation(
+            "max_pool2d", nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+            refuse=_refuse_max_pool,
+        ),
+        Operation("flatten", nn.Flatten, (), refuse=_refuse_flatten),
+        Operation("add", Add),
+        _EquilibriumOperation(
+            "equilibrium", Equilibrium, ("activation", "fusion"), ("fusion.weight",), _build_equilibrium
+        ),
+    )
+}  # fmt: skip
+"""Every supported operation by kind."""
+
+FUSIONS: dict[type, str] = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
+"""What may stand as ``W``."""
+
+_BY_CLASS: dict[type, Operation] = {operation.module: operation for operation in OPERATIONS.values()}
+
+
+def operation_of(module: nn.Module) -> Operation | None:
+    """The operation that a module is an instance of, parametrized or not."""
+    return _BY_CLASS.get(type_before_parametrizations(module))
+
+
+def parametrizations_of(module: nn.Module) -> list[str]:
+    """The class names of the parametrizations on a module or its fusion, for the record in a model file."""
+    names: list[str] = []
+    for part in module.modules():
+        if is_parametrized(part):
+            for chain in part.parametrizations.values():  # type: ignore[union-attr, operator]  # a ModuleDict there
+                names += [type(parametrization).__name__ for parametrization in chain]
+    return names
+
+

@@ -1,0 +1,261 @@
+"""From a `torch.nn` module to a `Graph`, by one conservative symbolic trace.
+
+Whatever is not in the table of operations is refused by its name and place. Nothing is guessed: a subclass of a known
+module, a function with an argument that the table does not know, or control flow that depends on data ends the trace.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from verideq.equilibrium import Equilibrium
+from verideq.errors import UnsupportedOperation
+from verideq.graph.graph import INPUT, Graph, Node
+from verideq.graph.operations import OPERATIONS, Add, Normalize, operation_of
+
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+class _Tracer(fx.Tracer):
+    """Leaves are the modules of torch.nn and verideq's own; a user's modules and containers are looked into."""
+
+    record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (Equilibrium, Normalize, Add)) or super().is_leaf_module(m, module_qualified_name)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module's own mode comes back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def trace(model: nn.Module) -> Graph:
+    """The graph of a model, its modules shared with the model.
+
+    The trace is of evaluation mode; the model's own mode is left as it was.
+
+    Args:
+        model: a module of one tensor to one tensor, made of supported operations.
+
+    Raises:
+        UnsupportedOperation: an operation that no bound is known for, by name and place, with the list of those that are
+            supported.
+    """
+    if isinstance(model, Graph):
+        return model
+    with evaluating(model):
+        nodes, _ = _trace(model, "", INPUT, set())
+    return Graph(
+        nodes,
+        input_shape=getattr(model, "input_shape", None),
+        pixel_range=getattr(model, "pixel_range", (0.0, 1.0)),
+    )
+
+
+def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple[list[Node], str]:
+    """The nodes of `model`, which reads `source`; and the name of its output."""
+    if operation_of(model) is not None and not isinstance(model, Equilibrium):
+        return _leaf(model, prefix, (source,), names)  # a bare module, with nothing inside to trace
+    if isinstance(model, nn.Identity):
+        return [], source
+    if isinstance(model, Equilibrium):
+        return _equilibrium(model, prefix, source, names)
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model)
+    except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise UnsupportedOperation(
+            f"{prefix or 'the model'} ({type(model).__name__}) cannot be traced: {error}. Its forward may use supported "
+            f"operations only, and no control flow that depends on data. {_supported()}"
+        ) from error
+    nodes: list[Node] = []
+    values: dict[fx.Node, str] = {}
+    for item in graph.nodes:
+        place = ".".join(filter(None, (prefix, str(item.target)))) if item.op == "call_module" else prefix
+        if item.op == "placeholder":
+            if values:
+                raise UnsupportedOperation(f"{prefix or 'the model'} takes more than one input ({item.target}); models take one")
+            values[item] = source
+        elif item.op == "output":
+            (result,) = item.args
+            if result not in values:
+                raise UnsupportedOperation(f"{prefix or 'the model'} has to return one tensor; it returns {result}")
+            return nodes, values[result]
+        elif item.op == "call_module":
+            child = model.get_submodule(str(item.target))
+            # Evaluation mode turns dropout into the identity.
+            if isinstance(child, (nn.Identity, nn.Dropout, nn.Dropout2d)):
+                values[item] = _inputs(item, values, place, 1)[0]
+                continue
+            inputs = _inputs(item, values, place, 2 if isinstance(child, Add) else 1)
+            more, values[item] = (
+                _equilibrium(child, place, inputs[0], names)
+                if isinstance(child, Equilibrium)
+                else _leaf(child, place, inputs, names)
+            )
+            nodes += more
+        elif item.op in ("call_function", "call_method"):
+            if _is_shape(item):
+                continue  # read by a view alone, which checks it
+            module = _function(item)
+            if module is None:
+                raise _unsupported(item, prefix)
+            inputs = _inputs(item, values, prefix, 2 if isinstance(module, Add) else 1)
+            more, values[item] = _leaf(module, f"{prefix}.{item.name}" if prefix else item.name, inputs, names)
+            nodes += more
+        else:
+            raise _unsupported(item, prefix)
+    raise UnsupportedOperation(f"{prefix or 'the model'} returns nothing")
+
+
+def _leaf(module: nn.Module, place: str, inputs: tuple[str, ...], names: set[str]) -> tuple[list[Node], str]:
+    operation = operation_of(module)
+    if operation is None:
+        raise UnsupportedOperation(f"{place}: {type(module).__name__} is not supported. {_supported()}")
+    refused = operation.refuse(module)
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        refused = "it has forward hooks or a replaced forward, which may compute anything"
+    if refused:
+        raise UnsupportedOperation(f"{place}: {operation.kind} is not supported here: {refused}")
+    name, count = place or operation.kind, 1
+    while name in names or name == INPUT:
+        count += 1
+        name = f"{place or operation.kind}@{count}"
+    names.add(name)
+    return [Node(name, module, inputs)], name
+
+
+def _equilibrium(layer: Equilibrium, place: str, source: str, names: set[str]) -> tuple[list[Node], str]:
+    """The nodes of the injection, then the equilibrium itself, which reads ``v``."""
+    place = place or "equilibrium"
+    before, v = _trace(layer.injection, f"{place}.injection", source, names)
+    after, name = _leaf(layer, place, (v,), names)
+    return before + after, name
+
+
+def _inputs(item: fx.Node, values: dict[fx.Node, str], place: str, count: int) -> tuple[str, ...]:
+    tensors = [argument for argument in item.args if isinstance(argument, fx.Node) and argument in values]
+    # Further arguments of a function (a flatten's axes) were read by `_function`.
+    extra = item.op == "call_module" and (len(item.args) != count or item.kwargs)
+    if len(tensors) != count or extra:
+        raise _unsupported(item, place)
+    return tuple(values[tensor] for tensor in tensors)
+
+
+def _is_shape(item: fx.Node) -> bool:
+    """Whether a node is a size of a tensor that only goes into a view: ``x.size(0)``, ``x.shape[0]``."""
+    if item.op == "call_method" and item.target == "size":
+        return True
+    if item.op == "call_function" and item.target is getattr and item.args[1] == "shape":
+        return True
+    source = item.args[0] if item.args else None
+    return item.op == "call_function" and item.target is operator.getitem and isinstance(source, fx.Node) and _is_shape(source)
+
+
+def _is_batch_size(value: object) -> bool:
+    if not isinstance(value, fx.Node) or not _is_shape(value):
+        return False
+    return (value.target == "size" and value.args[1:] == (0,)) or (
+        value.target is operator.getitem and value.args[1] == 0 and isinstance(value.args[0], fx.Node)
+    )
+
+
+def _arguments(item: fx.Node, **defaults: Any) -> dict[str, Any] | None:
+    """The arguments after the tensor by name, or ``None`` if one is not among `defaults`."""
+    given = dict(zip(defaults, item.args[1:], strict=False)) | dict(item.kwargs)
+    if len(item.args) - 1 > len(defaults) or not set(given) <= set(defaults) or any(isinstance(v, fx.Node) for v in given.values()):
+        return None
+    return defaults | given
+
+
+def _relu(item: fx.Node) -> nn.Module | None:
+    return None if _arguments(item, inplace=False) is None else nn.ReLU()
+
+
+def _flatten(item: fx.Node) -> nn.Module | None:
+    arguments = _arguments(item, start_dim=0, end_dim=-1)
+    return None if arguments is None else nn.Flatten(**arguments)
+
+
+def _view(item: fx.Node) -> nn.Module | None:
+    """``x.view(x.size(0), -1)`` and its relatives."""
+    sizes = item.args[1] if len(item.args) == 2 and isinstance(item.args[1], (tuple, list)) else item.args[1:]
+    keeps = len(sizes) == 2 and _is_batch_size(sizes[0]) and sizes[1] == -1  # type: ignore[index, arg-type]  # a tuple here
+    return nn.Flatten() if keeps else None
+
+
+def _add(item: fx.Node) -> nn.Module | None:
+    return Add() if len(item.args) == 2 and not item.kwargs else None
+
+
+def _avg_pool(item: fx.Node) -> nn.Module | None:
+    arguments = _arguments(
+        item, kernel_size=None, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+    )
+    return None if arguments is None else nn.AvgPool2d(**arguments)
+
+
+def _max_pool(item: fx.Node) -> nn.Module | None:
+    arguments = _arguments(item, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False)
+    return None if arguments is None else nn.MaxPool2d(**arguments)
+
+
+def _adaptive(item: fx.Node) -> nn.Module | None:
+    arguments = _arguments(item, output_size=None)
+    return None if arguments is None else nn.AdaptiveAvgPool2d(**arguments)
+
+
+_FUNCTIONS: dict[object, Callable[[fx.Node], nn.Module | None]] = {
+    F.relu: _relu, torch.relu: _relu, torch.relu_: _relu, "relu": _relu, "relu_": _relu,
+    torch.flatten: _flatten, "flatten": _flatten,
+    "view": _view, "reshape": _view, torch.reshape: _view,
+    operator.add: _add, operator.iadd: _add, torch.add: _add, "add": _add, "add_": _add,
+    F.avg_pool2d: _avg_pool, F.max_pool2d: _max_pool, torch.max_pool2d: _max_pool, F.adaptive_avg_pool2d: _adaptive,
+}  # fmt: skip
+
+
+def _function(item: fx.Node) -> nn.Module | None:
+    """The module that does what a function call does, or ``None``."""
+    reader = _FUNCTIONS.get(item.target)
+    return None if reader is None else reader(item)
+
+
+def _supported() -> str:
+    return f"Supported: {', '.join(OPERATIONS)}."
+
+
+def _unsupported(item: fx.Node, prefix: str) -> UnsupportedOperation:
+    name = item.target if isinstance(item.target, str) else getattr(item.target, "__name__", str(item.target))
+    where = _where(item)
+    if item.op == "get_attr":
+        name = f"the bare parameter {name}"
+    arguments = ", ".join(str(argument) for argument in item.args)
+    return UnsupportedOperation(f"{prefix or 'the model'}: {name}({arguments}) is not supported{where}. {_supported()}")
+
+
+def _where(item: fx.Node) -> str:
+    """The last line of the user's own code that led to a node."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (.+)\n\s*(.*)', item.stack_trace or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    if not own:
+        return ""
+    file, line, _, code = own[-1]
+    return f", at {Path(file).name}:{line}, `{code}`"
