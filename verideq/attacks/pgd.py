@@ -25,7 +25,7 @@ class PGD:
         step_size: of the first step, in units of eps; it falls linearly to a twentieth.
     """
 
-    steps: int = 40
+    steps: int = 20
     restarts: int = 3
     step_size: float = 0.5
 

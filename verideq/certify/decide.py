@@ -14,7 +14,7 @@ from verideq.box import Box
 from verideq.certify.bound import Prepared, elide, method_named, prepare, run_method
 from verideq.certify.task import Task, specification
 from verideq.certify.verdict import Verdict
-from verideq.equilibrium import Auto
+from verideq.equilibrium import Auto, Implicit
 from verideq.errors import ConvergenceError, InconsistencyError, InputError, NoGaugeError, VerideqError
 from verideq.graph import evaluating
 from verideq.region import Radius, Region
@@ -29,6 +29,7 @@ class Budget:
         method: a bound method, or ``auto``.
         attack: an attack suite, or ``none``.
         max_steps: of the equilibrium solver in a bound.
+        tol: of the same; relative, float64.
         timeout: seconds a sample; ``None`` for no limit.
         seed: of the attack's noise.
         radius: look for the largest certified radius of each sample too.
@@ -37,6 +38,7 @@ class Budget:
     method: str = "auto"
     attack: str = "none"
     max_steps: int = 1000
+    tol: float = 1e-13
     timeout: float | None = None
     seed: int = 0
     radius: bool = False
@@ -97,7 +99,7 @@ def certify(
         InconsistencyError: an attack broke what a bound had certified.
     """
     prepared = prepare(model)
-    budget = Budget(method, attack, max_steps, timeout, seed, radius)
+    budget = Budget(method, attack, max_steps, timeout=timeout, seed=seed, radius=radius)
     if images.dtype is torch.uint8:
         images = images.to(torch.float64) / 255
     count = len(images)
@@ -245,7 +247,10 @@ def _attack(
     attack = attack_named(budget.attack)
     if attack is None:
         return
-    target = prepared.graph.frozen(device=prepared.device, solver=Auto(tol=1e-6), throw=False)
+    # An attack needs a direction, not the last digit.
+    target = prepared.graph.frozen(
+        device=prepared.device, solver=Auto(tol=1e-6), gradient=Implicit(Auto(tol=1e-3)), throw=False
+    )
     points, margins = attack(
         target, part.region, part.C, part.rhs, indices=part.indices, seed=budget.seed, stop=draft.late
     )

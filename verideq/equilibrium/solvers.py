@@ -30,8 +30,6 @@ SYNC = 4
 """Steps between two looks at the residuals where a look stalls the device."""
 WINDOW = 3
 """The Anderson window of `Auto`."""
-THETA = (-300.0, 1.0)
-"""The range of a window-1 coefficient: no step back behind the last iterate, none beyond 300 steps ahead."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +151,14 @@ def fixed_point(step: Step, start: Tensor, solver: Solver) -> Solution:
     acceleration = _Acceleration.of(solver, start, tol)
     # The residual is looked at every step where that is free, and every few where it would stall the device.
     interval = 1 if start.device.type == "cpu" else SYNC
-    x = value = start
+    x, value, mixed = start, start, False
     converged = torch.zeros(batch, dtype=torch.bool, device=start.device)
     residual = torch.full((batch,), math.inf, dtype=start.dtype, device=start.device)
     steps = torch.zeros(batch, dtype=torch.long, device=start.device)
     for count in range(1, solver.max_steps + 1):
         image = step(x)
-        change = image - x
+        # A mixed iterate belongs to this loop: its memory serves again.
+        change = torch.sub(image, x, out=x) if mixed else image - x
         error = _norms(change).div_(_norms(image).add_(torch.finfo(start.dtype).tiny)).sum(0)
         last = count == solver.max_steps
         if count % interval == 0 or last:
@@ -172,6 +171,7 @@ def fixed_point(step: Step, start: Tensor, solver: Solver) -> Solution:
                 if last or bool(converged.all()):
                     break
         x = image if acceleration is None else acceleration.next(image, change, error, count)
+        mixed = x is not image
     if bool(converged.all()):
         outcome = Convergence.CONVERGED
     else:
@@ -189,23 +189,28 @@ class _Acceleration:
 
     With ``f = step(x) - x`` and the last differences ``Δf``, ``Δg`` of residuals and images, the next iterate is
     ``g - Σ θ Δg``, ``θ`` the least-squares solution of ``Σ θ Δf = f``. The differences are those of the whole batch; a
-    sample uses the newest `usable` of them, none while it iterates by Picard.
+    sample uses the newest `usable` of them, none while it iterates by Picard. Whatever has an axis of differences holds
+    the newest last.
     """
 
     def __init__(self, start: Tensor, tol: float, window: int, adaptive: bool) -> None:
-        batch, device = start.shape[1], start.device
+        batch = start.shape[1]
         self.tol, self.window = tol, window
-        self.interval = 1 if device.type == "cpu" else SYNC
-        self.active = torch.full((batch,), not adaptive, device=device)
+        self.interval = 1 if start.device.type == "cpu" else SYNC
+        self.active = start.new_full((batch,), 0.0 if adaptive else 1.0)
         self.entered = 0 if adaptive else batch  # how many samples are active
-        self.usable = torch.zeros(batch, dtype=torch.long, device=device)  # differences since the sample's (re)start
-        self.best = torch.full((batch,), math.inf, dtype=start.dtype, device=device)
+        self.usable = start.new_zeros(batch)  # differences since the sample's entry or restart
+        self.best = start.new_full((batch,), math.inf)
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
         self.images: list[Tensor] = []  # one more than there are differences
         self.differences: list[Tensor] = []
-        self.gram = start.new_empty(batch, 0, 0)  # inner products of the differences,
-        self.right = start.new_empty(batch, 0)  # and of each with the newest residual
+        self.gram = start.new_zeros(batch, window, window)  # inner products of the differences,
+        self.right = start.new_zeros(batch, window)  # and of each with the newest residual
         self.products = torch.empty_like(start.flatten(2))
+        self.age = torch.arange(window, 0, -1, device=start.device)
+        # θ to the weights of the images, in which Σ θ Δg is written out; the newest has 1 more.
+        identity = torch.eye(window + 1, dtype=start.dtype, device=start.device)
+        self.newest, self.spread = identity[-1], identity[:-1] - identity[1:]
 
     @staticmethod
     def of(solver: Solver, start: Tensor, tol: float) -> _Acceleration | None:
@@ -216,23 +221,22 @@ class _Acceleration:
         return None
 
     def next(self, image: Tensor, change: Tensor, error: Tensor, count: int) -> Tensor:
-        """The next iterate, (parts, batch, *features). Takes possession of `change`."""
+        """The next iterate, (parts, batch, *features). Takes possession of `image` and `change`."""
         last, self.last = self.last, (image, change, error)
         if last is None:
             return image
         if self.entered < len(error) and count % self.interval == 0:
             # More than three further Picard steps: at the observed rate the third leaves more than the tolerance.
-            self.active = self.active | (error * (error / last[2]).clamp_(max=1) ** 3 > self.tol)
+            self.active.logical_or_(error * (error / last[2]).clamp_(max=1) ** 3 > self.tol)
             self.entered = int(self.active.sum())
         self.best = torch.minimum(self.best, error)
         if self.entered == 0:
             return image
-        self.usable = torch.where(error > 5 * self.best, 0, self.usable + self.active)
+        # A residual that has grown starts the sample's history anew.
+        self.usable = (self.usable + self.active).mul_(error <= 5 * self.best)
         self.images = [*(self.images or [last[0]]), image][-self.window - 1 :]
         self._extend(torch.sub(change, last[1], out=last[1]), change)
-        # g - Σ θ Δg, with the differences of images written out.
-        theta = torch.nn.functional.pad(self._coefficients(), (1, 0))
-        weights = torch.nn.functional.pad(theta, (0, 1), value=1.0).diff(dim=1)
+        weights = torch.addmm(self.newest, self._coefficients(), self.spread)[:, -len(self.images) :]
         mixed = torch.zeros_like(image)
         for weight, old in zip(weights.unbind(1), self.images, strict=True):
             mixed.addcmul_(by_sample(weight, image), old)
@@ -243,28 +247,26 @@ class _Acceleration:
     def _extend(self, difference: Tensor, change: Tensor) -> None:
         """One more difference of residuals, the newest of which is `change`."""
         self.differences = [*self.differences, difference][-self.window :]
-        older = len(self.differences) - 1
-        oldest = self.right.shape[1] - older
         row = torch.stack([self._dot(d, difference) for d in self.differences], 1)
-        gram = torch.cat((self.gram[:, oldest:, oldest:], row[:, None, :older]), 1)
-        self.gram = torch.cat((gram, row[:, :, None]), 2)
+        first = -len(self.differences)
+        self.gram, self.right = self.gram.roll((-1, -1), (1, 2)), self.right.roll(-1, 1)
+        self.gram[:, -1, first:] = row
+        self.gram[:, first:, -1] = row
         # The residual has moved by the difference: no old product need be taken again.
-        right = self.right[:, oldest:] + row[:, :older]
-        self.right = torch.cat((right, self._dot(difference, change)[:, None]), 1)
+        self.right[:, first:] += row
+        self.right[:, -1] = self._dot(difference, change)
 
     def _dot(self, a: Tensor, b: Tensor) -> Tensor:
         """(batch,) inner products over parts and features."""
         return torch.mul(a.flatten(2), b.flatten(2), out=self.products).sum((0, 2))
 
     def _coefficients(self) -> Tensor:
-        """``θ``, (batch, differences); zero for a difference that the sample does not use."""
-        tiny, eps = torch.finfo(self.gram.dtype).tiny, torch.finfo(self.gram.dtype).eps
-        age = torch.arange(len(self.differences), 0, -1, device=self.gram.device)
-        keep = age <= self.usable[:, None]
-        gram = self.gram * (keep[:, :, None] & keep[:, None, :])
-        # A relative ridge keeps nearly parallel differences from blowing up; unused rows become the identity.
-        scale = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None] + tiny
-        gram = gram + torch.diag_embed(torch.where(keep, 10 * eps * scale, scale))
-        theta = torch.linalg.solve_ex(gram, self.right * keep)[0]
-        theta = torch.where(self.usable[:, None] == 1, theta.clamp(*THETA), theta)
-        return torch.where(keep & theta.isfinite(), theta, 0.0)
+        """``θ``, (batch, window); zero for a difference that the sample does not use."""
+        info = torch.finfo(self.gram.dtype)
+        keep = self.age <= self.usable[:, None]
+        # A ridge, relative, keeps nearly parallel differences from blowing up; an endless one switches a difference off.
+        ridge = torch.where(keep, 1 + 10 * info.eps, info.eps**-2)
+        gram = self.gram.clone()
+        gram.diagonal(dim1=1, dim2=2).mul_(ridge).add_(info.tiny)
+        theta = torch.linalg.solve_ex(gram, self.right)[0]
+        return theta.mul_(keep).nan_to_num_(0.0, 0.0, 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from verideq.equilibrium import Auto, Equilibrium, Solver
+from verideq.equilibrium import Auto, Equilibrium, Gradient, Implicit, Solver
 from verideq.errors import ModelError
 from verideq.graph.operations import Operation, operation_of
 
@@ -112,6 +112,7 @@ class Graph(nn.Module):
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
         solver: Solver = Auto(tol=1e-13),
+        gradient: Gradient = Implicit(),
         throw: bool = True,
     ) -> Graph:
         """A copy in evaluation mode with materialised weights: the stored numbers, exactly, in `dtype`.
@@ -120,6 +121,7 @@ class Graph(nn.Module):
 
         Args:
             solver: for every equilibrium of the copy.
+            gradient: likewise.
             throw: whether they raise when a sample does not converge.
         """
         nodes = []
@@ -128,7 +130,7 @@ class Graph(nn.Module):
             state = {name: t.to(device, dtype) for name, t in operation.state(node.module).items()}
             module = operation.create(operation.describe(node.module), state)
             if isinstance(module, Equilibrium):
-                module.solver, module.throw = solver, throw
+                module.solver, module.gradient, module.throw = solver, gradient, throw
             nodes.append(Node(node.name, module, node.inputs))
         return Graph(nodes, input_shape=self.input_shape, pixel_range=self.pixel_range).eval()
 

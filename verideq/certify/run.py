@@ -1,0 +1,277 @@
+"""A run over a data set: a folder that grows by whole chunks and can be taken up again after any interruption.
+
+The unit of work is a *chunk*: the samples of one batch at every radius. Its lines reach ``results.jsonl`` together and are
+forced to disk; a resumed run cuts what an interrupted write left of a chunk and works the chunk out again, in the same batch.
+Formats: ``docs/run-folder.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import verideq
+from verideq.certify.bound import Prepared, prepare
+from verideq.certify.decide import Budget, decide
+from verideq.certify.summary import summarise
+from verideq.certify.task import Task, specification
+from verideq.certify.verdict import Verdict
+from verideq.errors import InconsistencyError, ResumeError
+from verideq.graph import model_hash
+from verideq.region import Region
+
+IDENTITY = ("version", "model_hash", "data_hash", "split", "indices", "eps", "norm", "method", "attack", "seed", "tolerances", "radius")
+"""The fields of ``run.json`` in which a resumed run has to agree with the folder."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a run asks: samples of a data set, and radii.
+
+    Args:
+        name: of the data set.
+        path: what loads it again: its name, or the path of its file.
+        split: of the data set.
+        data_hash: of its content.
+        images: (samples, *features), float64 in the pixel range.
+        labels: (samples,).
+        indices: (samples,) of the samples in the split.
+        eps: exact radii.
+        norm: ``linf`` or ``l2``.
+        weights: (*features), radii in units of eps, or ``None``.
+        clip: the pixel range, or ``None``.
+    """
+
+    name: str
+    path: str
+    split: str
+    data_hash: str
+    images: Tensor
+    labels: Tensor
+    indices: list[int]
+    eps: list[Fraction]
+    norm: str
+    weights: Tensor | None
+    clip: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and its folder.
+
+    Args:
+        folder: made if it is not there.
+        model: the user's module.
+        model_name: a path or a name, for the record.
+        questions: what to ask.
+        budget: how hard to try.
+        batch_size: samples a chunk; no verdict depends on it.
+        device: where to bound.
+        command: the command line, for the record.
+    """
+
+    folder: Path
+    model: nn.Module
+    model_name: str
+    questions: Questions
+    budget: Budget
+    batch_size: int = 64
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    command: Sequence[str] = ()
+
+    def meta(self) -> dict[str, Any]:
+        """``run.json``: what made the run."""
+        q = self.questions
+        return {
+            "command": list(self.command),
+            "version": verideq.__version__,
+            "model": self.model_name,
+            "model_hash": model_hash(self.model),
+            "data": q.name,
+            "data_path": q.path,
+            "data_hash": q.data_hash,
+            "split": q.split,
+            "indices": q.indices,
+            "eps": [str(eps) for eps in q.eps],
+            "norm": q.norm,
+            "method": self.budget.method,
+            "attack": self.budget.attack,
+            "radius": self.budget.radius,
+            "seed": self.budget.seed,
+            "tolerances": {"tol": self.budget.tol, "max_steps": self.budget.max_steps, "timeout": self.budget.timeout},
+            "batch_size": self.batch_size,
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
+            "torch": torch.__version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "input_shape": list(q.images.shape[1:]),
+            "clip": None if q.clip is None else list(q.clip),
+        }
+
+    def execute(self, *, resume: bool = False, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+        """Work out every sample, write the folder, and return the summary.
+
+        Args:
+            resume: go on with what the folder holds.
+            progress: called with the lines done and the lines in all.
+
+        Raises:
+            ResumeError: the folder holds a run and `resume` is not set, or it is another run.
+            InconsistencyError: an attack broke a certified sample; the evidence is in ``inconsistency/``.
+        """
+        meta = self._open(resume)
+        results = self.folder / "results.jsonl"
+        chunks = list(self._chunks())
+        done = self._keep_whole_chunks(results, chunks) if resume else 0
+        total = len(self.questions.indices) * len(self.questions.eps)
+        written = sum(len(chunk) for chunk in chunks[:done]) * len(self.questions.eps)
+        progress(written, total)
+        if done < len(chunks):
+            prepared = prepare(self.model, self.device)
+            with results.open("a", encoding="utf-8") as stream:
+                for chunk in chunks[done:]:
+                    lines = [json.dumps(line, allow_nan=False) + "\n" for line in self._work(prepared, chunk)]
+                    stream.write("".join(lines))
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                    written += len(lines)
+                    progress(written, total)
+        summary = summarise(read_results(results), meta)
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def _open(self, resume: bool) -> dict[str, Any]:
+        path, meta = self.folder / "run.json", self.meta()
+        if path.exists():
+            if not resume:
+                raise ResumeError(f"{self.folder} holds a run already; pass --resume to go on with it, or another --out")
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ResumeError(f"{path} cannot be read: {error}; use another --out") from error
+            differing = [key for key in IDENTITY if before.get(key) != meta[key]]
+            if differing:
+                key = differing[0]
+                raise ResumeError(
+                    f"{self.folder} holds another run: {', '.join(differing)} differ ({key}: {_short(before.get(key))} there, "
+                    f"{_short(meta[key])} here); repeat its options, or use another --out"
+                )
+            return dict(before)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, meta)
+        return meta
+
+    def _chunks(self) -> Iterator[range]:
+        count = len(self.questions.indices)
+        for start in range(0, count, self.batch_size):
+            yield range(start, min(start + self.batch_size, count))
+
+    def _keep_whole_chunks(self, results: Path, chunks: list[range]) -> int:
+        """Cut ``results.jsonl`` after its last whole chunk; returns how many it holds.
+
+        Raises:
+            ResumeError: its lines are not those of this run.
+        """
+        if not results.exists():
+            return 0
+        lines = results.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+        position = done = 0
+        for chunk in chunks:
+            expected = [(self.questions.indices[i], float(eps)) for eps in self.questions.eps for i in chunk]
+            part = lines[position : position + len(expected)]
+            try:
+                found = [(record["index"], record["eps"]) for record in map(json.loads, part)]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ResumeError(f"{results} is damaged after line {position}: {error}; use another --out") from error
+            if found != expected[: len(found)]:
+                raise ResumeError(f"{results} holds other samples than this run after line {position}; use another --out")
+            if len(found) < len(expected):
+                break
+            position, done = position + len(expected), done + 1
+        kept = b"".join(line + b"\n" for line in lines[:position])
+        with results.open("r+b") as stream:
+            stream.truncate(len(kept))
+        return done
+
+    def _work(self, prepared: Prepared, chunk: range) -> Iterator[dict[str, Any]]:
+        q, rows = self.questions, slice(chunk.start, chunk.stop)
+        images, labels, indices = q.images[rows], q.labels[rows], q.indices[rows]
+        C, rhs = specification(prepared, images, labels, None, None)
+        for eps in q.eps:
+            region = Region(images, eps, q.norm, q.clip, weights=q.weights)
+            task = Task(region, labels, C, rhs, torch.tensor(indices))
+            try:
+                verdicts = decide(prepared, task, self.budget, self.model)
+            except InconsistencyError as error:
+                self._save_evidence(error)
+                raise
+            for index, verdict in zip(indices, verdicts, strict=True):
+                yield self._line(index, verdict)
+
+    def _line(self, index: int, verdict: Verdict) -> dict[str, Any]:
+        witness = None
+        if verdict.witness is not None:
+            witness = f"witnesses/{index}_{str(verdict.eps).replace('/', '-')}.npy"
+            save_array(self.folder / witness, verdict.witness)
+        line = {
+            "index": index,
+            "label": verdict.label,
+            "prediction": verdict.prediction,
+            "eps": float(verdict.eps),
+            "norm": verdict.norm,
+            "status": str(verdict.status),
+            "margin": verdict.margin,
+            "method": verdict.method,
+            "checked": verdict.checked,
+            "attacked": verdict.attacked,
+            "reason": verdict.reason,
+            "steps": verdict.steps,
+            "seconds": round(verdict.seconds, 6),
+            "witness": witness,
+            "certificate": verdict.certificate,
+        }
+        return line | {"radius": verdict.radius} if self.budget.radius else line
+
+    def _save_evidence(self, error: InconsistencyError) -> None:
+        verdict: Verdict = error.evidence["verdict"]
+        folder = self.folder / "inconsistency"
+        save_array(folder / "witness.npy", error.evidence["witness"])
+        record = {k: str(v) for k, v in asdict(verdict).items() if k != "witness"}
+        write_json(folder / "verdict.json", {"index": error.evidence["index"], "message": str(error), **record})
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a ``results.jsonl``."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file in one move, without pickles."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+    partial.replace(path)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,110 @@
+"""``verideq certify``: verdicts for a data set, a table, a page, a line a sample."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from verideq.certify.decide import Budget
+from verideq.certify.run import Questions, Run
+from verideq.cli.options import Device, Json, Seed, Threads, Weights, choose_device, read_model, use_threads
+from verideq.data import Dataset, load, parse_indices
+from verideq.errors import DataError, InputError
+from verideq.graph import trace
+from verideq.region import Region, check_images, check_norm, parse_eps
+
+
+def certify(
+    model: Annotated[str | None, typer.Argument(help="A model file, or package.module:builder; none: the bundled digits model.")] = None,
+    data: Annotated[str, typer.Option(help="digits, mnist, cifar10, or a path that ends in .npz.", metavar="NAME|PATH")] = "digits",
+    split: Annotated[str, typer.Option(help="train or test.", metavar="NAME")] = "test",
+    indices: Annotated[str | None, typer.Option(help="0:100, 3,5,8, or a file with one index a line.", metavar="A:B|FILE")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first N samples only.", metavar="N")] = None,
+    eps: Annotated[
+        list[str] | None, typer.Option(help="A radius in pixel units, 0.1 or 8/255; repeat the option for several.", metavar="E")
+    ] = None,
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    method: Annotated[str, typer.Option(help="auto or interval.")] = "auto",
+    attack: Annotated[str, typer.Option(help="none or pgd: look for counterexamples too.")] = "pgd",
+    timeout: Annotated[float | None, typer.Option(help="Seconds a sample.", metavar="S")] = None,
+    radius: Annotated[bool, typer.Option("--radius", help="Also find the largest certified radius of every sample.")] = False,
+    weights: Weights = None,
+    batch_size: Annotated[int, typer.Option(help="Samples at a time; no verdict depends on it.", metavar="N")] = 64,
+    threads: Threads = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="The folder of the run; a new one under runs/ by default.", metavar="DIR")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Certify a model on a data set: for every sample a verdict, with a page and a line a sample."""
+    use_threads(threads)
+    network, name = read_model(model, weights)
+    dataset = load(data, split)
+    chosen = parse_indices(indices, len(dataset)) if indices is not None else list(range(len(dataset)))
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: give 1 or more")
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: give 1 or more")
+    chosen = chosen[:limit]
+    questions = _questions(dataset, data, chosen, network, eps or ["0.02", "0.05", "0.1"], check_norm(norm))
+    if resume and out is None:
+        raise InputError("--resume needs the folder of the run: --out DIR")
+    folder = out or Path("runs") / f"{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    budget = Budget(method, attack, timeout=timeout, seed=seed, radius=radius)
+    run = Run(folder, network, name, questions, budget, batch_size, choose_device(device), sys.argv)
+    summary = _execute(run, resume, quiet=as_json)
+    return _finish(summary, dataset, folder, as_json)
+
+
+def _questions(dataset: Dataset, path: str, chosen: list[int], network: Any, eps: list[str], norm: str) -> Questions:
+    """Everything that is asked, refused here and in one line if it makes no sense."""
+    exact = list(dict.fromkeys(parse_eps(e) for e in eps))
+    if not chosen:
+        raise DataError("no samples are chosen; see --indices and --limit")
+    graph = trace(network).check_finite()
+    images, labels = dataset.scaled(chosen), dataset.labels[chosen]
+    graph.check_input(images[:1].to(graph.dtype))
+    # The pixel range is the model's; a data set in another range is a mistake that images outside it show.
+    clip = graph.pixel_range if dataset.clip is not None else None
+    check_images(images, clip)
+    for e in exact:
+        Region(images[:1], e, norm, clip, weights=dataset.eps_weights)
+    outputs = graph.check_input(images[:1].to(graph.dtype))
+    bad = (labels >= outputs[0]).nonzero().flatten()
+    if len(bad):
+        index = chosen[int(bad[0])]
+        raise DataError(f"sample {index} has label {int(labels[bad[0]])}; the model has {outputs[0]} outputs, 0 to {outputs[0] - 1}")
+    path = str(Path(path).resolve()) if path.endswith('.npz') else path
+    return Questions(dataset.name, path, dataset.split, dataset.hash, images, labels, chosen, exact, norm, dataset.eps_weights, clip)
+
+
+def _execute(run: Run, resume: bool, *, quiet: bool) -> dict[str, Any]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("certifying", total=None)
+        return run.execute(resume=resume, progress=lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _finish(summary: dict[str, Any], dataset: Dataset, folder: Path, as_json: bool) -> int:
+    from verideq.report.html import write_report  # matplotlib takes a second to load
+    from verideq.report.table import table
+
+    page = write_report([folder], lambda _, indices: np.asarray(dataset.scaled(indices)))
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        console = Console()
+        console.print(table(summary))
+        console.print(f"{page}: the page; {folder / 'results.jsonl'}: a line a sample", highlight=False, soft_wrap=True)
+    return 1 if any(result["error"] for result in summary["results"]) else 0

@@ -1,0 +1,104 @@
+"""``verideq inspect``: what a model is made of, and whether its equilibria can be certified."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from verideq.cli.options import Json, Weights, read_model
+from verideq.equilibrium import Equilibrium, gauge
+from verideq.errors import NoGaugeError, UnsupportedOperation
+from verideq.graph import model_hash, trace
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model file, or package.module:builder.")],
+    weights: Weights = None,
+    as_json: Json = False,
+) -> int:
+    """Show a model's operations, what is unsupported, its parameters, and each equilibrium's gauge."""
+    network, name = read_model(model, weights)
+    facts = describe(network, name)
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        _show(facts)
+    return 0 if facts["unsupported"] is None else 1
+
+
+def describe(network: nn.Module, name: str) -> dict[str, Any]:
+    """What `inspect` shows, JSON-ready."""
+    facts: dict[str, Any] = {"model": name, "unsupported": None, "operations": [], "equilibria": []}
+    facts["parameters"] = sum(p.numel() for p in network.parameters())
+    try:
+        graph = trace(network)
+    except UnsupportedOperation as error:
+        return facts | {"unsupported": str(error)}
+    stored = 0
+    for node in graph.nodes:
+        state = node.operation.state(node.module)
+        shapes = {key: list(tensor.shape) for key, tensor in state.items()}
+        stored += sum(tensor.numel() for tensor in state.values())
+        facts["operations"].append(
+            {"name": node.name, "operation": node.operation.kind, "inputs": list(node.inputs), "tensors": shapes}
+        )
+    facts["equilibria"] = [_equilibrium(place, layer) for place, layer in graph.equilibria()]
+    return facts | {
+        "parameters": stored,
+        "hash": model_hash(network),
+        "dtype": str(graph.dtype).removeprefix("torch."),
+        "input_shape": graph.input_shape,
+        "pixel_range": graph.pixel_range,
+        "classes": graph.classes,
+    }
+
+
+def _equilibrium(place: str, layer: Equilibrium) -> dict[str, Any]:
+    facts: dict[str, Any] = {"name": place, "units": len(layer.operator().absolute_units())}
+    try:
+        found = gauge(layer)
+    except NoGaugeError as error:
+        rate = error.rate if math.isfinite(error.rate) else None
+        return facts | {"gauge": None, "reason": str(error), "rate": rate, "steps": None}
+    rate = found.rate(layer)
+    return facts | {
+        "gauge": "transformed layer" if found.transformed else "W",
+        "smallest_slack": float(found.slack(layer).min()),
+        "rate": rate,
+        "steps": predicted_steps(rate),
+    }
+
+
+def predicted_steps(rate: float, tol: float = 1e-5) -> int:
+    """Picard steps until the error has fallen by the factor `tol` at a contraction rate below 1."""
+    return 1 if rate <= 0 else math.ceil(math.log(tol) / math.log(min(rate, 1 - 2.0**-53)))
+
+
+def _show(facts: dict[str, Any]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    if facts["unsupported"] is not None:
+        console.print(f"{facts['model']}: not supported\n{facts['unsupported']}", markup=False)
+        return
+    console.print(f"{facts['model']}: {facts['parameters']} parameters, {facts['dtype']}, hash {facts['hash'][:16]}")
+    shape, pixels = facts["input_shape"], facts["pixel_range"]
+    console.print(f"input shape {shape or 'not recorded'}, pixel range {pixels or 'none'}, classes {facts['classes']}")
+    table = Table("node", "operation", "reads", "tensors")
+    for node in facts["operations"]:
+        tensors = ", ".join(f"{key} {'x'.join(map(str, shape))}" for key, shape in node["tensors"].items())
+        table.add_row(node["name"], node["operation"], ", ".join(node["inputs"]), tensors)
+    console.print(table)
+    for layer in facts["equilibria"]:
+        if layer["gauge"] is None:
+            console.print(f"{layer['name']}: {layer['reason']}", markup=False)
+        else:
+            console.print(
+                f"{layer['name']}: {layer['units']} units, gauge of {layer['gauge']}, smallest slack {layer['smallest_slack']:.3g}, "
+                f"contraction rate {layer['rate']:.4g}: about {layer['steps']} Picard steps to 1e-5 (worst case)",
+                markup=False,
+            )

@@ -1,0 +1,70 @@
+"""The application, and how errors become exit codes: 0 done; 1 an ERROR verdict or an inconsistency; 2 the call was wrong;
+130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Idle OpenMP threads that spin make a busy machine several times slower; this has to be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+from rich.console import Console
+
+import verideq
+from verideq.cli.certify import certify
+from verideq.cli.inspect import inspect
+from verideq.cli.report import report
+from verideq.cli.train import train
+from verideq.errors import InputError, VerideqError
+
+app = typer.Typer(
+    name="verideq",
+    help="Formal verification of implicit layers: certify, train, inspect and report on deep equilibrium models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (certify, inspect, train, report):
+    app.command()(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"verideq {verideq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+) -> None:
+    """Formal verification of implicit layers."""
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; the exit code."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        result = app(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted; what was finished is kept: repeat the command with --resume", style="yellow")
+        return 130
+    except typer.TyperException as error:
+        errors.print(f"error: {error.format_message()}; see verideq --help", style="red", markup=False, highlight=False)
+        return 2
+    except InputError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return 2
+    except VerideqError as error:
+        errors.print(f"error: {type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        return 1

@@ -1,0 +1,115 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from verideq.errors import InputError, ModelError
+from verideq.graph import load_model, refuse_pickle
+from verideq.models import BUNDLED
+
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="A state dict (.safetensors, or .pt read without pickles) for a package.module:builder.", metavar="FILE"),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; by default the cores that are idle.", metavar="N")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", metavar="N")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else.")]
+
+
+def use_threads(threads: int | None) -> None:
+    """Set torch's threads. The default is the cores that the load average leaves free: on a busy machine two threads can be
+    many times slower than one."""
+    if threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        threads = max(1, min(cores, 8, round(cores - busy)))
+    if threads < 1:
+        raise InputError(f"--threads {threads}: give 1 or more")
+    torch.set_num_threads(threads)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name.split(":")[0] == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this machine, or this build of torch, has no CUDA; use --device cpu")
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+            return device
+        except RuntimeError as error:
+            raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    raise InputError(f"unknown device {name!r}; choose one of: auto, cpu, cuda")
+
+
+def read_model(model: str | None, weights: Path | None) -> tuple[nn.Module, str]:
+    """A model and its name from ``MODEL`` and ``--weights``: a model file, ``package.module:builder``, or the bundled one.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    if model is None:
+        if weights is not None:
+            raise ModelError("--weights goes with a package.module:builder")
+        return load_model(BUNDLED), BUNDLED.stem
+    module, colon, builder = model.partition(":")
+    is_name = bool(colon) and not Path(model).exists() and all(part.isidentifier() for part in module.split("."))
+    if not is_name:
+        if weights is not None:
+            raise ModelError(f"--weights goes with a package.module:builder; {model} is a model file, which has its weights")
+        return load_model(model), Path(model).name
+    built = _build(module, builder)
+    if weights is not None:
+        _load_weights(built, weights)
+    return built, model
+
+
+def _build(module: str, name: str) -> nn.Module:
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        builder: Callable[[], object] = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ModelError(f"{module}:{name}: {error}; run the command where `import {module}` works") from error
+    except AttributeError:
+        raise ModelError(f"the module {module} has no {name!r}") from None
+    finally:
+        sys.path.pop(0)
+    built = builder() if not isinstance(builder, nn.Module) else builder
+    if not isinstance(built, nn.Module):
+        raise ModelError(f"{module}:{name} gave a {type(built).__name__}; a builder returns a torch.nn.Module")
+    return built.eval()
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    if not path.exists():
+        raise ModelError(f"there is no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        elif path.suffix in (".pt", ".pth"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            refuse_pickle(path)
+            raise ModelError(f"{path}: a state dict ends in .safetensors, .pt or .pth")
+        model.load_state_dict(state)
+    except ModelError:
+        raise
+    except Exception as error:  # torch and safetensors raise many types on a damaged file
+        raise ModelError(f"{path} does not fit the model: {error}") from error
