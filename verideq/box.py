@@ -1,7 +1,8 @@
 """Boxes, and the centre-radius arithmetic that every interval bound is made of.
 
 A `Box` is the set ``{x : lower <= x <= upper}``. Moving one through an affine map costs two products in centre-radius
-form, ``A c`` and ``|A| r``, where the four-product form costs twice that. In floating point the computed centre is off by
+form, ``A c`` and ``|A| r``, where the four-product form costs twice that. In floating point the computed centre is
+off by
 rounding. *Rigorous* arithmetic adds that error to the radius before the second product, so that it costs no third one::
 
     |A x + b - fl(A c + b)|  <=  |A| r + γ (|A||c| + |b|) + underflow,     γ = γ(n), n terms in a row
@@ -42,7 +43,8 @@ class Box:
     def __post_init__(self) -> None:
         if self.lower.shape != self.upper.shape or self.lower.dtype != self.upper.dtype:
             raise RegionError(
-                f"a box needs two tensors of one shape and dtype; lower is {tuple(self.lower.shape)} {self.lower.dtype}, "
+                "a box needs two tensors of one shape and dtype; "
+                f"lower is {tuple(self.lower.shape)} {self.lower.dtype}, "
                 f"upper is {tuple(self.upper.shape)} {self.upper.dtype}"
             )
 
@@ -65,7 +67,9 @@ class Box:
         """Centre and radius whose exact ball contains the box, in float64."""
         center = self.center
         radius = torch.maximum(self.upper - center, center - self.lower)
-        return center, radius.mul_(1 + 2.0**-51).add_(4 * TINY).clamp_(min=0)
+        # Where denormals are flushed to zero, the ends may be TINY short of what they stand for, and each step below
+        # too.
+        return center, radius.mul_(1 + 2.0**-51).add_(8 * TINY).clamp_(min=0)
 
     def contains(self, x: Tensor) -> Tensor:
         """Whether each sample lies in its box: bool, shape (batch,). NaN lies nowhere."""
@@ -81,7 +85,8 @@ class Box:
 
 
 def gamma(terms: int) -> float:
-    """A relative error that covers `terms` roundings in a row, the rounding of the radius itself, and a factor to spare.
+    """A relative error that covers `terms` roundings in a row, the rounding of the radius itself, and a factor to
+    spare.
 
     ``4 (n + 8) 2⁻⁵³``, where ``γ_{n+4} ≈ (n + 4) 2⁻⁵³`` would do for the centre alone.
     """
@@ -92,7 +97,11 @@ def gamma(terms: int) -> float:
 
 
 def outward(center: Tensor, radius: Tensor) -> Box:
-    """The box ``center ± radius``, its ends rounded outward (float64)."""
+    """The box ``center ± radius``, its ends rounded outward (float64); NaN where the centre has overflowed.
+
+    A sum that overflowed on its way says nothing, not even the sign of what was to be summed.
+    """
+    center = torch.where(center.isfinite(), center, torch.nan)
     infinity = torch.full((), math.inf, dtype=center.dtype, device=center.device)
     return Box(torch.nextafter(center - radius, -infinity), torch.nextafter(center + radius, infinity))
 
@@ -103,11 +112,32 @@ def spread(center: Tensor, radius: Tensor, terms: int) -> Tensor:
     return radius * (1 + g) + g * center.abs()
 
 
-def underflow(terms: int, *factors: Tensor) -> Tensor:
-    """What `terms` products can lose to underflow, flush-to-zero of inputs included: a scalar tensor.
+def flushed(x: Tensor) -> Tensor:
+    """Which entries this process reads as zero although they are not: denormals, where it flushes them.
+
+    A flushed float64 loses less than `TINY`, which every bound allows for; a float32 may lose ``2⁻¹²⁶``.
+    """
+    bits = x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return (x == 0) & (bits << 1 != 0)
+
+
+def peak(x: Tensor) -> Tensor:
+    """The largest magnitude of each sample, shaped to broadcast over (batch, *features)."""
+    return x.abs().flatten(1).amax(1).view(-1, *[1] * (x.dim() - 1))
+
+
+def underflow(terms: int, center: Tensor, radius: Tensor, *factors: Tensor) -> Tensor:
+    """What `terms` products can lose to underflow, flush-to-zero of inputs included: one number a sample.
 
     A flushed input of magnitude below ``2⁻¹⁰²²`` loses at most ``2⁻¹⁰²²`` times its partner, so each of the `terms`
-    products loses at most ``2⁻¹⁰²² (1 + |a| + |b|)``.
+    products loses at most ``2⁻¹⁰²² (1 + |a| + |b|)``. A sample's huge values charge the sample alone.
+
+    Args:
+        center: (batch, *features), as `radius`: what is multiplied.
+        factors: what it is multiplied with, the same for all samples.
+
+    Returns:
+        shaped to broadcast over (batch, *features).
     """
-    largest = sum((f.abs().amax() for f in factors if f.numel()), start=factors[0].new_ones(()))
+    largest = sum((f.abs().amax() for f in factors if f.numel()), start=1 + peak(center) + peak(radius))
     return largest * (4.0 * TINY * (terms + 4))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     """The six verdicts on a sample; only the first is a claim of robustness."""
 
     CERTIFIED = "CERTIFIED"
@@ -21,11 +21,8 @@ class Status(str, Enum):
     ERROR = "ERROR"
     """Something broke; the sample counts as not certified, and the run ends with exit code 1."""
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class Convergence(str, Enum):
+class Convergence(StrEnum):
     """How a fixed-point iteration ended. The value is the message: cause, then remedy."""
 
     CONVERGED = "the residual is below the tolerance"
@@ -37,6 +34,3 @@ class Convergence(str, Enum):
         "the iteration produced NaN or infinity; check the weights and the input, and use a parametrization "
         "with a gauge (`verideq inspect` says whether the layer has one)"
     )
-
-    def __str__(self) -> str:
-        return self.value

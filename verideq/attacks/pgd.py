@@ -63,8 +63,12 @@ class PGD:
             part = region[active]
             start = part.center
             if restart:
-                noise = uniform_noise(seed, indices[active.cpu()], region.eps, restart, tuple(start.shape[1:])).to(start)
-                start = part.project(start + noise * float(region.eps) * (1.0 if part.weights is None else part.weights))
+                noise = uniform_noise(seed, indices[active.cpu()], region.eps, restart, tuple(start.shape[1:])).to(
+                    start
+                )
+                start = part.project(
+                    start + noise * float(region.eps) * (1.0 if part.weights is None else part.weights)
+                )
             point, margin = self._descend(model, part, start, C[active], rhs[active], restart % 2 == 0, stop)
             better = margin < margins[active]
             best[active[better]], margins[active[better]] = point[better], margin[better]

@@ -1,4 +1,5 @@
-"""`bound`: sound bounds of a model's outputs, or of linear functions of them, over a region; one call for every method."""
+"""`bound`: sound bounds of a model's outputs, or of linear functions of them, over a region; one call for every
+method."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from verideq.box import Box, gamma, outward, underflow
+from verideq.box import Box, flushed, gamma, outward, peak, underflow
 from verideq.certify.interval import Arithmetic, propagate
 from verideq.equilibrium import Auto, Gauge, Solver, gauge
-from verideq.errors import InputError, NoGaugeError, RegionError, UnknownName
+from verideq.errors import InputError, ModelError, NoGaugeError, RegionError, UnknownName
 from verideq.graph import Graph, trace
 from verideq.region import Region
 
@@ -55,11 +56,18 @@ def prepare(model: nn.Module | Prepared, device: torch.device | str | None = Non
 
     Raises:
         UnsupportedOperation: a node without a rule.
-        ModelError: NaN or infinite weights.
+        ModelError: NaN or infinite weights, or denormal ones where torch flushes these to zero.
     """
     if isinstance(model, Prepared):
         return model
     graph = trace(model).check_finite()
+    for node in graph.nodes:
+        for name, tensor in node.operation.state(node.module).items():
+            if bool(flushed(tensor).any()):
+                raise ModelError(
+                    f"{node.name}.{name} holds denormal numbers, which torch has been told to read as zero; call "
+                    "torch.set_flush_denormal(False) before bounding this model"
+                )
     if device is None:
         device = next((t.device for t in [*graph.parameters(), *graph.buffers()]), torch.device("cpu"))
     frozen = graph.frozen(torch.float64, device)
@@ -125,6 +133,11 @@ def run_method(prepared: Prepared, region: Region | Box, C: Tensor | None, metho
     """`bound`, with the steps that it took."""
     chosen = method_named(method)
     box = region.box() if isinstance(region, Region) else region
+    if isinstance(region, Box) and bool((flushed(region.lower) | flushed(region.upper)).any()):
+        raise RegionError(
+            "the box of inputs holds denormal numbers, which torch has been told to read as zero; call "
+            "torch.set_flush_denormal(False) before bounding"
+        )
     box = Box(*(side.detach().to(prepared.device, torch.float64) for side in (box.lower, box.upper)))
     if not bool(box.sound().all()):
         raise RegionError("the box of inputs is crossed or holds NaN: lower <= upper is needed everywhere")
@@ -142,7 +155,9 @@ def _specification(C: Tensor, batch: int) -> Tensor:
     C = C.detach().to(torch.float64)
     C = C.expand(batch, *C.shape) if C.dim() == 2 else C
     if C.dim() != 3 or len(C) != batch or not bool(C.isfinite().all()):
-        raise InputError(f"C has to be finite, of shape (batch, rows, outputs) with batch {batch}; got {tuple(C.shape)}")
+        raise InputError(
+            f"C has to be finite, of shape (batch, rows, outputs) with batch {batch}; got {tuple(C.shape)}"
+        )
     return C
 
 
@@ -167,13 +182,15 @@ def interval(prepared: Prepared, box: Box, C: Tensor | None, solver: Solver) -> 
 def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) -> Box:
     """``C (V z + b)`` for every ``z`` of a box: rows ``M = C V``, (batch, rows, features).
 
-    ``M`` itself is rounded: with ``k`` outputs its entries are within ``γ_k |C||V|``, and that is what moves the radius.
+    ``M`` itself is rounded: with ``k`` outputs its entries are within ``γ_k |C||V|``, and that is what moves the
+    radius.
     """
     outputs = C.shape[2]
     expected = features.lower.shape[1] if weight is None else len(weight)
     if features.lower.dim() != 2 or outputs != expected:
         raise InputError(f"C has {outputs} columns; the model has outputs of shape {tuple(features.lower.shape[1:])}")
-    rows, size, shift, constants = C, C.abs(), 0.0, 0.0
+    rows, size = C, C.abs()
+    shift = constants = torch.zeros_like(C[:, :, 0])
     if weight is not None:
         rows, size = C @ weight, C.abs() @ weight.abs()
     if bias is not None:
@@ -186,9 +203,11 @@ def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) 
         return (matrix @ vector[:, :, None])[:, :, 0]
 
     moved = times(rows.abs(), radius) * (1 + g) + g * (times(size, center.abs() + radius) + constants)
-    lost = underflow(terms, center, radius, C) + underflow(terms, C, size, *(() if weight is None else (weight,))) * (
-        1 + center.abs().amax() + radius.amax()
-    )
+    lost = underflow(terms, center, radius) * (1 + peak(rows)[:, 0])
+    if weight is not None:  # every entry of the products with C may have lost something, and most are multiplied again
+        factors = (weight,) if bias is None else (weight, bias)
+        scale = (1 + peak(center) + peak(radius)) * rows.shape[2]
+        lost = lost + underflow(terms, C, size, *factors)[:, 0] * scale
     return outward(times(rows, center) + shift, moved + lost)
 
 
@@ -220,7 +239,9 @@ def margin_rows(labels: Tensor, classes: int) -> Tensor:
     bad = (labels < 0) | (labels >= classes)
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
-        raise InputError(f"label {int(labels[index])} of sample {index} is outside the model's classes 0 to {classes - 1}")
+        raise InputError(
+            f"label {int(labels[index])} of sample {index} is outside the model's classes 0 to {classes - 1}"
+        )
     identity = torch.eye(classes, dtype=torch.float64, device=labels.device)
     others = (torch.arange(classes - 1, device=labels.device)[None] + labels[:, None] + 1) % classes
     return F.one_hot(labels, classes).to(torch.float64)[:, None] - identity[others]

@@ -132,8 +132,12 @@ def decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module |
             return [v for half in halves for v in decide(prepared, task[half], budget, original)]
         label = None if task.labels is None else int(task.labels[0])
         unsolved = isinstance(error, ConvergenceError)
-        status, reason = (Status.UNKNOWN, str(error)) if unsolved else (Status.ERROR, f"{type(error).__name__}: {error}")
-        return [Verdict(status, None, task.region.eps, task.region.norm, budget.method, False, reason, 0.0, label=label)]
+        status, reason = (
+            (Status.UNKNOWN, str(error)) if unsolved else (Status.ERROR, f"{type(error).__name__}: {error}")
+        )
+        return [
+            Verdict(status, None, task.region.eps, task.region.norm, budget.method, False, reason, 0.0, label=label)
+        ]
 
 
 class _Draft:
@@ -221,7 +225,9 @@ def _prove(prepared: Prepared, part: Task, draft: _Draft, right: list[int], budg
         elif not math.isfinite(margin):
             draft.set(i, reason="the bound is not finite; the weights or the region are too large for float64")
         else:
-            draft.set(i, reason=f"the {method} bound is not tight enough; try a smaller eps, or train with certified training")
+            draft.set(
+                i, reason=f"the {method} bound is not tight enough; try a smaller eps, or train with certified training"
+            )
 
 
 def _radii(prepared: Prepared, part: Task, budget: Budget, method: str) -> list[float | None]:

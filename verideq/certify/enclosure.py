@@ -1,13 +1,14 @@
 """A box that is sure to hold every equilibrium: any solver, one inflation along the gauge (THEORY 1.3, 1.4).
 
-Let ``u`` be a gauge with slack ``s``, and ``G`` the interval map of the layer, rounded outward. For any ``0 <= l <= h``, moved out
-by ``t u`` with ``t = max_i max(0, G_h - h, l - G_l)_i / s_i``,
+Let ``u`` be a gauge with slack ``s``, and ``G`` the interval map of the layer, rounded outward. For any ``0 <= l <=
+h``, moved out by ``t u`` with ``t = max_i max(0, G_h - h, l - G_l)_i / s_i``,
 
     G([l - t u, h + t u])  ⊆  [l - t|W|u + ..., ...]  ⊆  [l - t u, h + t u]
 
-so that by Brouwer and uniqueness the moved box holds ``z*(v)`` for every ``v`` of the box of injections, however early the solver
-was stopped. When it was stopped early the box is cut with ``[0, t₀ u]``, ``t₀ = max_i (v_u)_i⁺ / s_i``, which maps into itself as
-well, and ``B <- B ∩ G(B)`` only tightens from there.
+so that by Brouwer and uniqueness the moved box holds ``z*(v)`` for every ``v`` of the box of injections, however
+early the solver
+was stopped. When it was stopped early the box is cut with ``[0, t₀ u]``, ``t₀ = max_i (v_u)_i⁺ / s_i``, which maps
+into itself as well, and ``B <- B ∩ G(B)`` only tightens from there.
 
 Everything is done with ``W̃``, every row solved for its own unknown: a gauge of ``W`` is one of ``W̃``.
 """
@@ -64,7 +65,7 @@ def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) ->
     u, room = operator.spread_units(u), operator.spread_units(room)
     center, radius = injection.ball()
     # v / (1 - diag W): three roundings, on both sides of the product.
-    radius = spread(center, radius, 4) * factor + underflow(1, factor, center, radius)
+    radius = spread(center, radius, 4) * factor + underflow(1, center, radius, factor)
     center = center * factor
 
     system = System(operator, torch.stack((center, radius)))

@@ -1,8 +1,9 @@
 """Interval bounds through a graph: one rule an operation, each in centre-radius form.
 
-The same rules serve two masters. A *proof* (`Arithmetic`, float64) rounds every result outward and encloses equilibria with
-their gauge. A *training step* (`verideq.training`) takes the rules in plain arithmetic, with gradients. What differs between
-the two is the `Arithmetic` that a rule is handed, never the rule.
+The same rules serve two masters. A *proof* (`Arithmetic`, float64) rounds every result outward and encloses
+equilibria with
+their gauge. A *training step* (`verideq.training`) takes the rules in plain arithmetic, with gradients. What differs
+between the two is the `Arithmetic` that a rule is handed, never the rule.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ class Arithmetic:
         solver: how the pairs are searched for.
     """
 
-    def __init__(self, gauges: Mapping[str, Gauge], solver: Solver = Auto(tol=1e-13)) -> None:  # noqa: B008  # frozen
+    def __init__(self, gauges: Mapping[str, Gauge], solver: Solver = Auto(tol=1e-13)) -> None:
         self.gauges, self.solver = gauges, solver
         self.steps: Tensor | None = None
 
-    def affine(self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor) -> Box:
+    def affine(self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor) ->
+    Box:
         """The image of a box under ``x -> A x + b``.
 
         Args:
@@ -54,7 +56,8 @@ class Arithmetic:
         """The sum of two boxes."""
         total = Box(a.lower + b.lower, a.upper + b.upper)
         infinity = torch.full((), torch.inf, dtype=total.lower.dtype, device=total.lower.device)
-        return Box(torch.nextafter(total.lower, -infinity) - TINY, torch.nextafter(total.upper, infinity) + TINY)
+        lower, upper = torch.nextafter(total.lower, -infinity), torch.nextafter(total.upper, infinity)
+        return Box(lower - 8 * TINY, upper + 8 * TINY)  # flushed denormals, as in `Box.ball`
 
     def batch_norm(self, node: Node, box: Box) -> Box:
         """Batch normalisation as in evaluation."""
@@ -64,8 +67,9 @@ class Arithmetic:
     def standardize(self, box: Box, mean: Tensor, variance: Tensor, module: nn.BatchNorm2d) -> Box:
         """Batch normalisation with the given statistics, (channels,)."""
         shape = [1, -1, *[1] * (box.lower.dim() - 2)]
-        scale = (variance + module.eps).rsqrt() if module.weight is None else module.weight / (variance + module.eps).sqrt()
-        shift = torch.zeros_like(mean) if module.bias is None else module.bias
+        deviation = (variance + module.eps).sqrt()
+        scale: Tensor = deviation.reciprocal() if module.weight is None else module.weight / deviation
+        shift: Tensor = torch.zeros_like(mean) if module.bias is None else module.bias
         mean, scale, shift = mean.view(shape), scale.view(shape), shift.view(shape)
         constants = mean.abs() * scale.abs() + shift.abs()
         return self.affine(box, lambda c: (c - mean) * scale + shift, lambda r: r * scale.abs(), constants, 8, scale)
@@ -107,9 +111,9 @@ def _conv2d(arithmetic: Arithmetic, node: Node, boxes: list[Box]) -> Box:
 
 
 def _average(arithmetic: Arithmetic, node: Node, boxes: list[Box]) -> Box:
-    # Nonnegative weights that sum to one or less: the map is its own absolute value.
+    # Weights of one sign (negative for a negative divisor_override), none above 1.
     pixels = boxes[0].lower.shape[-1] * boxes[0].lower.shape[-2]
-    return arithmetic.affine(boxes[0], node.module, node.module, None, pixels + 2)
+    return arithmetic.affine(boxes[0], node.module, lambda r: node.module(r).abs(), None, pixels + 2)
 
 
 def _monotone(arithmetic: Arithmetic, node: Node, boxes: list[Box]) -> Box:

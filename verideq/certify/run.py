@@ -30,7 +30,20 @@ from verideq.errors import InconsistencyError, ResumeError
 from verideq.graph import model_hash
 from verideq.region import Region
 
-IDENTITY = ("version", "model_hash", "data_hash", "split", "indices", "eps", "norm", "method", "attack", "seed", "tolerances", "radius")
+IDENTITY = (
+    "version",
+    "model_hash",
+    "data_hash",
+    "split",
+    "indices",
+    "eps",
+    "norm",
+    "method",
+    "attack",
+    "seed",
+    "tolerances",
+    "radius",
+)
 """The fields of ``run.json`` in which a resumed run has to agree with the folder."""
 
 
@@ -118,7 +131,9 @@ class Run:
             "clip": None if q.clip is None else list(q.clip),
         }
 
-    def execute(self, *, resume: bool = False, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+    def execute(
+        self, *, resume: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, Any]:
         """Work out every sample, write the folder, and return the summary.
 
         Args:
@@ -154,7 +169,9 @@ class Run:
         path, meta = self.folder / "run.json", self.meta()
         if path.exists():
             if not resume:
-                raise ResumeError(f"{self.folder} holds a run already; pass --resume to go on with it, or another --out")
+                raise ResumeError(
+                    f"{self.folder} holds a run already; pass --resume to go on with it, or another --out"
+                )
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
@@ -194,7 +211,9 @@ class Run:
             except (ValueError, KeyError, TypeError) as error:
                 raise ResumeError(f"{results} is damaged after line {position}: {error}; use another --out") from error
             if found != expected[: len(found)]:
-                raise ResumeError(f"{results} holds other samples than this run after line {position}; use another --out")
+                raise ResumeError(
+                    f"{results} holds other samples than this run after line {position}; use another --out"
+                )
             if len(found) < len(expected):
                 break
             position, done = position + len(expected), done + 1

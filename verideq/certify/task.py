@@ -57,7 +57,9 @@ def specification(
         if labels is None:
             raise InputError("give labels, or a specification C")
         if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype is torch.bool:
-            raise InputError(f"labels are one integer an image ({len(images)} images); got {tuple(labels.shape)} {labels.dtype}")
+            raise InputError(
+                f"labels are one integer an image ({len(images)} images); got {tuple(labels.shape)} {labels.dtype}"
+            )
         C = margin_rows(labels.cpu().long(), outputs)
     C = C.detach().to("cpu", torch.float64)
     C = C.expand(len(images), *C.shape) if C.dim() == 2 else C

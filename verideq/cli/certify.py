@@ -23,25 +23,36 @@ from verideq.region import Region, check_images, check_norm, parse_eps
 
 
 def certify(
-    model: Annotated[str | None, typer.Argument(help="A model file, or package.module:builder; none: the bundled digits model.")] = None,
-    data: Annotated[str, typer.Option(help="digits, mnist, cifar10, or a path that ends in .npz.", metavar="NAME|PATH")] = "digits",
+    model: Annotated[
+        str | None, typer.Argument(help="A model file, or package.module:builder; none: the bundled digits model.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="digits, mnist, cifar10, or a path that ends in .npz.", metavar="NAME|PATH")
+    ] = "digits",
     split: Annotated[str, typer.Option(help="train or test.", metavar="NAME")] = "test",
-    indices: Annotated[str | None, typer.Option(help="0:100, 3,5,8, or a file with one index a line.", metavar="A:B|FILE")] = None,
+    indices: Annotated[
+        str | None, typer.Option(help="0:100, 3,5,8, or a file with one index a line.", metavar="A:B|FILE")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="The first N samples only.", metavar="N")] = None,
     eps: Annotated[
-        list[str] | None, typer.Option(help="A radius in pixel units, 0.1 or 8/255; repeat the option for several.", metavar="E")
+        list[str] | None,
+        typer.Option(help="A radius in pixel units, 0.1 or 8/255; repeat the option for several.", metavar="E"),
     ] = None,
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     method: Annotated[str, typer.Option(help="auto or interval.")] = "auto",
     attack: Annotated[str, typer.Option(help="none or pgd: look for counterexamples too.")] = "pgd",
     timeout: Annotated[float | None, typer.Option(help="Seconds a sample.", metavar="S")] = None,
-    radius: Annotated[bool, typer.Option("--radius", help="Also find the largest certified radius of every sample.")] = False,
+    radius: Annotated[
+        bool, typer.Option("--radius", help="Also find the largest certified radius of every sample.")
+    ] = False,
     weights: Weights = None,
     batch_size: Annotated[int, typer.Option(help="Samples at a time; no verdict depends on it.", metavar="N")] = 64,
     threads: Threads = None,
     device: Device = "auto",
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="The folder of the run; a new one under runs/ by default.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the run; a new one under runs/ by default.", metavar="DIR")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Json = False,
 ) -> int:
@@ -82,9 +93,13 @@ def _questions(dataset: Dataset, path: str, chosen: list[int], network: Any, eps
     bad = (labels >= outputs[0]).nonzero().flatten()
     if len(bad):
         index = chosen[int(bad[0])]
-        raise DataError(f"sample {index} has label {int(labels[bad[0]])}; the model has {outputs[0]} outputs, 0 to {outputs[0] - 1}")
-    path = str(Path(path).resolve()) if path.endswith('.npz') else path
-    return Questions(dataset.name, path, dataset.split, dataset.hash, images, labels, chosen, exact, norm, dataset.eps_weights, clip)
+        raise DataError(
+            f"sample {index} has label {int(labels[bad[0]])}; the model has {outputs[0]} outputs, 0 to {outputs[0] - 1}"
+        )
+    path = str(Path(path).resolve()) if path.endswith(".npz") else path
+    return Questions(
+        dataset.name, path, dataset.split, dataset.hash, images, labels, chosen, exact, norm, dataset.eps_weights, clip
+    )
 
 
 def _execute(run: Run, resume: bool, *, quiet: bool) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from verideq.models import BUNDLED
 
 Weights = Annotated[
     Path | None,
-    typer.Option(help="A state dict (.safetensors, or .pt read without pickles) for a package.module:builder.", metavar="FILE"),
+    typer.Option(
+        help="A state dict (.safetensors, or .pt read without pickles) for a package.module:builder.", metavar="FILE"
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default the cores that are idle.", metavar="N")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -71,7 +73,9 @@ def read_model(model: str | None, weights: Path | None) -> tuple[nn.Module, str]
     is_name = bool(colon) and not Path(model).exists() and all(part.isidentifier() for part in module.split("."))
     if not is_name:
         if weights is not None:
-            raise ModelError(f"--weights goes with a package.module:builder; {model} is a model file, which has its weights")
+            raise ModelError(
+                f"--weights goes with a package.module:builder; {model} is a model file, which has its weights"
+            )
         return load_model(model), Path(model).name
     built = _build(module, builder)
     if weights is not None:

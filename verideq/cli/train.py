@@ -16,14 +16,17 @@ from verideq.training import Trainer, read_recipe
 def train(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; see recipes/.")],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a key: epochs=5, options.width=64; repeatable.", metavar="KEY=VALUE")
+        list[str] | None,
+        typer.Option("--set", help="Change a key: epochs=5, options.width=64; repeatable.", metavar="KEY=VALUE"),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the recipe with every default, and stop.")] = False,
     data: Annotated[str | None, typer.Option(help="Another data set than the recipe's.", metavar="NAME|PATH")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's.", metavar="N")] = None,
     threads: Threads = None,
     device: Device = "auto",
-    out: Annotated[Path | None, typer.Option(help="The folder of the run; runs/RECIPE by default.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the run; runs/RECIPE by default.", metavar="DIR")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     as_json: Json = False,
 ) -> int:

@@ -8,11 +8,13 @@ slack ``s = u - |W| u > 0``. Then, with ``q = max_i (|W|u)_i / u_i < 1``:
 2. any ``ẑ`` is within ``t u`` of it, ``t = max_i |ẑ - σ(Wẑ + v)|_i / s_i``;
 3. any box that its interval extension maps into itself contains it, for all ``v`` of the box of injections.
 
-For ReLU all of this holds as well with ``(W̃, ṽ)``, every row solved for its own unknown, in place of ``(W, v)``; a gauge of
+For ReLU all of this holds as well with ``(W̃, ṽ)``, every row solved for its own unknown, in place of ``(W, v)``; a
+gauge of
 ``W̃`` is the non-Euclidean condition ``μ_{∞,u}(W) < 1`` (Jafarpour et al., NeurIPS 2021). A gauge of ``W`` is one of
 ``W̃`` too: from ``|d| u + o < u`` follows ``o / (1 - d) < u``.
 
-For a convolution ``u`` is one number a channel, and ``|W|`` is summed over the taps of the kernel: the interior pixel is
+For a convolution ``u`` is one number a channel, and ``|W|`` is summed over the taps of the kernel: the interior
+pixel is
 the worst one, whatever the padding and the size of the image, because every padding reads each tap at most once.
 """
 
@@ -67,7 +69,9 @@ def slack(operator: Operator, u: Tensor) -> Tensor:
     sums = operator.absolute_units().to(torch.float64)
     u = u.detach().to(sums)
     if u.shape != sums.shape[:1]:
-        raise ModelError(f"a gauge has one entry a unit: this layer has {sums.shape[0]} units, u has shape {tuple(u.shape)}")
+        raise ModelError(
+            f"a gauge has one entry a unit: this layer has {sums.shape[0]} units, u has shape {tuple(u.shape)}"
+        )
     # Two roundings in the rows of W̃, the sum over the taps, the sum over the units.
     g = gamma(operator.terms + len(u))
     pushed = (sums @ u).mul_(1 + g).add_(4 * TINY * (operator.terms + len(u)))
@@ -97,8 +101,8 @@ def gauge(layer: Equilibrium) -> Gauge:
         raise NoGaugeError("no gauge: the weights hold NaN or infinity", float("nan"))
     rate = min(estimate_rate(operator), estimate_rate(operator.solved()[0]))
     raise NoGaugeError(
-        f"no gauge: the spectral radius of |W| is about {rate:.4g}, and intervals need less than 1. Train the layer with a "
-        "parametrization that gives one (verideq.parametrizations.IBPMonDEQ)",
+        f"no gauge: the spectral radius of |W| is about {rate:.4g}, and intervals need less than 1. "
+        "Train the layer with a parametrization that gives one (verideq.parametrizations.IBPMonDEQ)",
         rate,
     )
 
@@ -109,7 +113,8 @@ def _solve(sums: Tensor) -> Tensor | None:
     u, info = torch.linalg.solve_ex(identity - sums, sums.new_ones(len(sums)))
     if bool(info) or not bool((u.isfinite() & (u > 0)).all()):
         return None
-    return u / u.max()
+    scaled: Tensor = u / u.max()
+    return scaled
 
 
 def estimate_rate(operator: Operator, steps: int = 100) -> float:

@@ -1,6 +1,7 @@
 """Gradients of an equilibrium: implicit (exact) and phantom (truncated).
 
-**Implicit differentiation.** For ``z* = F(z*, θ)`` the gradient of a loss is ``∂F/∂θᵀ y``, where ``y`` solves the adjoint
+**Implicit differentiation.** For ``z* = F(z*, θ)`` the gradient of a loss is ``∂F/∂θᵀ y``, where ``y`` solves the
+adjoint
 equation ``y = g + (∂F/∂z)ᵀ y``. Under a gauge that map contracts in ``Σ u_i |y_i|`` at the layer's own rate. Only the
 equilibrium is kept for the backward pass, so memory does not grow with the number of steps.
 
@@ -88,7 +89,7 @@ def differentiable(value: Tensor, step: Step, frozen: Step, gradient: Gradient, 
             solution.check("the adjoint (backward pass)")
         return solution.value[0].movedim(1, 0)
 
-    result: Tensor = _Adjoint.apply(step(value), adjoint)
+    result: Tensor = _Adjoint.apply(step(value), adjoint)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 

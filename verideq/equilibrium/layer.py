@@ -98,9 +98,9 @@ class Equilibrium(nn.Module):
         fusion: nn.Module,
         injection: nn.Module,
         activation: Any = relu,
-        solver: Solver = Auto(),  # noqa: B008  # a frozen dataclass: sharing the default is harmless
+        solver: Solver = Auto(),
         *,
-        gradient: Gradient = Implicit(),  # noqa: B008  # likewise
+        gradient: Gradient = Implicit(),
         throw: bool = True,
     ) -> None:
         super().__init__()
@@ -179,8 +179,11 @@ def solve(
     Raises:
         ConvergenceError: a sample did not converge, and `throw` is set.
     """
-    changes = {"tol": tol, "max_steps": max_steps}
-    solver = replace(layer.solver, **{name: value for name, value in changes.items() if value is not None})
+    solver = replace(
+        layer.solver,
+        tol=layer.solver.tol if tol is None else tol,
+        max_steps=layer.solver.max_steps if max_steps is None else max_steps,
+    )
     with torch.no_grad():
         solution = Equilibrium._solve(layer.system(layer.injection(x)[None]), solver)
     solution = replace(solution, value=solution.value[0])

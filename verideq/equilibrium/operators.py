@@ -164,7 +164,10 @@ class Convolution:
         sums = self.weight.abs().sum((2, 3))
         if self.groups == 1:
             return sums
-        return torch.block_diag(*sums.view(self.groups, channels // self.groups, per_group))
+        # Each group connects its own channels only: its sums are a block on the diagonal.
+        group = torch.arange(channels, device=sums.device) // per_group
+        same = group[:, None] == group
+        return torch.where(same, sums.repeat(1, self.groups), 0.0)
 
     def spread_units(self, u: Tensor) -> Tensor:
         return u[:, None, None]
@@ -182,7 +185,9 @@ def operator_of(fusion: nn.Module, place: str = "fusion") -> Operator:
     if kind is nn.Linear:
         weight: Tensor = fusion.weight  # type: ignore[assignment]  # nn.Module attributes are typed as a union
         if weight.shape[0] != weight.shape[1]:
-            raise ModelError(f"{place}: W maps a state to a state, but its weight is {tuple(weight.shape)}; make it square")
+            raise ModelError(
+                f"{place}: W maps a state to a state, but its weight is {tuple(weight.shape)}; make it square"
+            )
         return Dense(weight)
     if kind is nn.Conv2d:
         return _convolution_of(fusion, place)  # type: ignore[arg-type]  # the type test above is on the original class

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from verideq.errors import ModelError
@@ -55,7 +55,7 @@ def save_model(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={KEY: _canonical(architecture)})
+    partial.write_bytes(save(tensors, metadata={KEY: _canonical(architecture)}))
     partial.replace(path)
     return _hash(architecture, tensors)
 
@@ -89,7 +89,9 @@ def load_model(path: str | Path) -> Graph:
             pixel_range=None if pixels is None else (float(pixels[0]), float(pixels[1])),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ModelError(f"{path} is not a model that this version can read: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"{path} is not a model that this version can read: {type(error).__name__}: {error}"
+        ) from error
     if tensors:
         raise ModelError(f"{path} holds tensors that no operation uses: {', '.join(sorted(tensors))}")
     try:

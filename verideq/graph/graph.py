@@ -65,7 +65,9 @@ class Graph(nn.Module):
         for node in nodes:
             missing = [name for name in node.inputs if name not in known]
             if missing or node.name in known:
-                raise ModelError(f"node {node.name!r} reads {missing or 'nothing new'}: names are defined once, and before use")
+                raise ModelError(
+                    f"node {node.name!r} reads {missing or 'nothing new'}: names are defined once, and before use"
+                )
             known.add(node.name)
         if not nodes:
             raise ModelError("the model has no operations")

@@ -238,5 +238,3 @@ def parametrizations_of(module: nn.Module) -> list[str]:
             for chain in part.parametrizations.values():  # type: ignore[union-attr, operator]  # a ModuleDict there
                 names += [type(parametrization).__name__ for parametrization in chain]
     return names
-
-

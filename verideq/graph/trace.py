@@ -22,7 +22,6 @@ from verideq.errors import UnsupportedOperation
 from verideq.graph.graph import INPUT, Graph, Node
 from verideq.graph.operations import OPERATIONS, Add, Normalize, operation_of
 
-
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -92,7 +91,9 @@ def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple
         place = ".".join(filter(None, (prefix, str(item.target)))) if item.op == "call_module" else prefix
         if item.op == "placeholder":
             if values:
-                raise UnsupportedOperation(f"{prefix or 'the model'} takes more than one input ({item.target}); models take one")
+                raise UnsupportedOperation(
+                    f"{prefix or 'the model'} takes more than one input ({item.target}); models take one"
+                )
             values[item] = source
         elif item.op == "output":
             (result,) = item.args
@@ -167,7 +168,12 @@ def _is_shape(item: fx.Node) -> bool:
     if item.op == "call_function" and item.target is getattr and item.args[1] == "shape":
         return True
     source = item.args[0] if item.args else None
-    return item.op == "call_function" and item.target is operator.getitem and isinstance(source, fx.Node) and _is_shape(source)
+    return (
+        item.op == "call_function"
+        and item.target is operator.getitem
+        and isinstance(source, fx.Node)
+        and _is_shape(source)
+    )
 
 
 def _is_batch_size(value: object) -> bool:
@@ -181,7 +187,11 @@ def _is_batch_size(value: object) -> bool:
 def _arguments(item: fx.Node, **defaults: Any) -> dict[str, Any] | None:
     """The arguments after the tensor by name, or ``None`` if one is not among `defaults`."""
     given = dict(zip(defaults, item.args[1:], strict=False)) | dict(item.kwargs)
-    if len(item.args) - 1 > len(defaults) or not set(given) <= set(defaults) or any(isinstance(v, fx.Node) for v in given.values()):
+    if (
+        len(item.args) - 1 > len(defaults)
+        or not set(given) <= set(defaults)
+        or any(isinstance(v, fx.Node) for v in given.values())
+    ):
         return None
     return defaults | given
 
@@ -214,7 +224,9 @@ def _avg_pool(item: fx.Node) -> nn.Module | None:
 
 
 def _max_pool(item: fx.Node) -> nn.Module | None:
-    arguments = _arguments(item, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False)
+    arguments = _arguments(
+        item, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+    )
     return None if arguments is None else nn.MaxPool2d(**arguments)
 
 

@@ -38,7 +38,9 @@ def conv_deq(
     """
     channels, rows, columns = input_shape
     fusion = IBPMonDEQ.apply(nn.Conv2d(width, width, 3, padding=1, bias=False), m=m)
-    injection = nn.Sequential(nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width))
+    injection = nn.Sequential(
+        nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width)
+    )
     rows, columns = ((size + stride - 1) // stride // pool for size in (rows, columns))
     return nn.Sequential(
         Equilibrium(fusion, injection),

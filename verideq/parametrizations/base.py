@@ -22,12 +22,8 @@ class Parametrization(nn.Module):
     """A map from free tensors to ``W``, on `torch.nn.utils.parametrize`.
 
     A subclass has ``forward`` (free tensors to ``W``), a strict ``right_inverse`` (``W`` to free tensors, or
-    `ParametrizationError`), and a static ``register(layer, ...)`` that puts it on a fresh layer.
+    `ParametrizationError`), and a static ``register(layer, ...)`` that puts it on a fresh layer and returns the layer.
     """
 
+    register: Callable[..., nn.Module]
     apply: Any = _Apply()
-
-    @staticmethod
-    def register(layer: nn.Module, **options: Any) -> nn.Module:
-        """Register the parametrization on the weight of a fresh layer and return the layer."""
-        raise TypeError("call apply on a parametrization class, e.g. IBPMonDEQ.apply(layer, m=0.1)")

@@ -21,9 +21,10 @@ class IBPMonDEQ(Parametrization):
     because ``D`` is taken as small as the theorem allows), so that ``ρ(|W|) <= 1-m``: the layer has a gauge, its
     equilibrium is unique, and interval bounds are a second equilibrium of the same kind.
 
-    ``D`` has one entry a unit; for a convolution one a channel, from the absolute sums over the taps of an interior pixel
-    (a border pixel has smaller sums, so the theorem holds there as well). A unit whose row and column are both zero takes
-    ``D = 1``, which leaves them zero.
+    ``D`` has one entry a unit; for a convolution one a channel, from the absolute sums over the taps of an interior
+    pixel
+    (a border pixel has smaller sums, so the theorem holds there as well). A unit whose row and column are both zero
+    takes ``D = 1``, which leaves them zero.
 
     Args:
         m: the strength of monotonicity, in (0, 1). A buffer: a schedule may assign it.
@@ -88,7 +89,8 @@ class IBPMonDEQ(Parametrization):
         ``M = D^½ W D^½`` needs ``√D`` to be a positive eigenvector of ``(|W| + |W|ᵀ)/2`` for the eigenvalue ``1-m``.
 
         Raises:
-            ParametrizationError: `W` has another spectral radius, or no positive eigenvector; the message says which `m`
+            ParametrizationError: `W` has another spectral radius, or no positive eigenvector; the message says which
+            `m`
                 would fit.
         """
         if self._drawn:
@@ -104,8 +106,8 @@ class IBPMonDEQ(Parametrization):
             largest = float(values[-1])
             if not abs(largest - target) <= tolerance:
                 raise ParametrizationError(
-                    f"W is not of the form D^-1/2 M D^-1/2 at m = {float(self.m):.6g}: the largest eigenvalue of the symmetric "
-                    f"part of |W| is {largest:.6g} in one block of units, and has to be 1 - m = {target:.6g}; use m = "
+                    f"W is not of the form D^-1/2 M D^-1/2 at m = {float(self.m):.6g}: the largest eigenvalue of the "
+                    f"symmetric part of |W| is {largest:.6g} in one block of units, and has to be 1 - m = {target:.6g}; use m = "
                     f"{1 - largest:.6g}, or IBPMonDEQ.apply on a fresh layer"
                 )
             vector[block] = vectors[:, -1].abs()

@@ -30,7 +30,9 @@ class TrainingArithmetic(Arithmetic):
         super().__init__({})
         self.clean = clean
 
-    def affine(self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor) -> Box:
+    def affine(
+        self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor
+    ) -> Box:
         center, radius = apply(box.center), absolute(box.radius)
         return Box(center - radius, center + radius)
 
@@ -89,7 +91,9 @@ def bounded_margins(graph: Graph, images: Tensor, box: Box, labels: Tensor) -> t
         return clean[last.name], margins(features, last.module.weight, last.module.bias, labels)
 
 
-def certified_loss(graph: Graph, images: Tensor, box: Box, labels: Tensor, clean_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def certified_loss(
+    graph: Graph, images: Tensor, box: Box, labels: Tensor, clean_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """``(1-κ) CE(-margins) + κ CE(outputs)``, the mean over the batch.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import verideq
@@ -37,7 +37,9 @@ def build(recipe: Recipe, data: Dataset) -> nn.Sequential:
         if isinstance(module, Equilibrium):
             module.solver = Auto(recipe.tol, recipe.max_steps)
             module.gradient = Implicit(Auto(recipe.backward_tol, recipe.max_steps))
-    return nn.Sequential(Normalize(list(recipe.mean), list(recipe.std)), *model) if recipe.mean else nn.Sequential(*model)
+    return (
+        nn.Sequential(Normalize(list(recipe.mean), list(recipe.std)), *model) if recipe.mean else nn.Sequential(*model)
+    )
 
 
 class Trainer:
@@ -82,7 +84,9 @@ class Trainer:
         lines: list[str] = []
         if checkpoint.exists():
             if not resume:
-                raise ResumeError(f"{self.folder} holds a training run; pass --resume to go on with it, or another --out")
+                raise ResumeError(
+                    f"{self.folder} holds a training run; pass --resume to go on with it, or another --out"
+                )
             self._restore(checkpoint)
             lines = log.read_text(encoding="utf-8").splitlines()[: self.epoch]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +108,9 @@ class Trainer:
         decays = sum(self.epoch >= e for e in recipe.decay_epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * recipe.decay_factor**decays
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.epoch))
+        order = torch.randperm(
+            len(self.labels), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.epoch)
+        )
         order = order.to(self.device)
         self.model.train()
         eps, losses, wrong, open_ = 0.0, [], [], []
@@ -117,7 +123,9 @@ class Trainer:
             )
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             images, labels = self.images[batch], self.labels[batch]
-            loss, mistaken, uncertified = certified_loss(self.graph, images, self._box(images, eps), labels, recipe.clean_weight)
+            loss, mistaken, uncertified = certified_loss(
+                self.graph, images, self._box(images, eps), labels, recipe.clean_weight
+            )
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
@@ -152,7 +160,7 @@ class Trainer:
             "version": verideq.__version__,
         }
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"verideq": json.dumps(meta)})
+        partial.write_bytes(save(tensors, metadata={"verideq": json.dumps(meta)}))
         partial.replace(path)
 
     def _restore(self, path: Path) -> None:
@@ -162,10 +170,16 @@ class Trainer:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # no mapping
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ResumeError(f"{path} is no training checkpoint: {error}; use another --out") from error
-        mine = {"recipe": json.loads(json.dumps(asdict(self.recipe))), "data_hash": self.data.hash, "version": verideq.__version__}
+        mine = {
+            "recipe": json.loads(json.dumps(asdict(self.recipe))),
+            "data_hash": self.data.hash,
+            "version": verideq.__version__,
+        }
         for key, value in mine.items():
             if meta.get(key) != value:
-                raise ResumeError(f"{path} was made with another {key.replace('_', ' ')}; repeat its options, or use another --out")
+                raise ResumeError(
+                    f"{path} was made with another {key.replace('_', ' ')}; repeat its options, or use another --out"
+                )
         self.model.load_state_dict({k.removeprefix("model/"): t for k, t in tensors.items() if k.startswith("model/")})
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
