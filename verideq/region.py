@@ -150,8 +150,8 @@ class Region:
         return Box(lower, upper)
 
     def project(self, x: Tensor) -> Tensor:
-        """A nearby point of the region for every sample of `x`, shape kept; for l2 first radially, then into the
-        clip.""" if self.norm == "linf":
+        """A nearby point of the region for every sample of `x`, shape kept; for l2 radially, then the clip."""
+        if self.norm == "linf":
             inner = self.inner_box()
             return torch.minimum(torch.maximum(x, inner.lower), inner.upper)
         shift = x - self.center

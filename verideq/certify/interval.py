@@ -35,8 +35,9 @@ class Arithmetic:
         self.gauges, self.solver = gauges, solver
         self.steps: Tensor | None = None
 
-    def affine(self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor) ->
-    Box:
+    def affine(
+        self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor
+    ) -> Box:
         """The image of a box under ``x -> A x + b``.
 
         Args:

@@ -107,8 +107,8 @@ class IBPMonDEQ(Parametrization):
             if not abs(largest - target) <= tolerance:
                 raise ParametrizationError(
                     f"W is not of the form D^-1/2 M D^-1/2 at m = {float(self.m):.6g}: the largest eigenvalue of the "
-                    f"symmetric part of |W| is {largest:.6g} in one block of units, and has to be 1 - m = {target:.6g}; use m = "
-                    f"{1 - largest:.6g}, or IBPMonDEQ.apply on a fresh layer"
+                    f"symmetric part of |W| is {largest:.6g} in one block of units, and has to be "
+                    f"1 - m = {target:.6g}; use m = {1 - largest:.6g}, or IBPMonDEQ.apply on a fresh layer"
                 )
             vector[block] = vectors[:, -1].abs()
         scale = vector.to(W.dtype)

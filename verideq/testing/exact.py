@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from verideq.equilibrium.operators import Convolution, Dense, Operator
 from verideq.errors import InputError
@@ -37,9 +37,14 @@ def zeros(*shape: int) -> np.ndarray:
     return np.full(shape, ZERO, dtype=object)
 
 
+def select(mask: np.ndarray, yes: np.ndarray | Fraction, no: np.ndarray | Fraction) -> np.ndarray:
+    """`numpy.where` for fractions."""
+    return np.where(mask, np.asarray(yes, dtype=object), np.asarray(no, dtype=object))
+
+
 def relu(x: np.ndarray) -> np.ndarray:
     """``max(x, 0)``."""
-    return np.where(x > 0, x, ZERO)
+    return select(x > 0, x, ZERO)
 
 
 def _source(index: int, size: int, mode: str) -> int | None:
@@ -55,44 +60,47 @@ def _source(index: int, size: int, mode: str) -> int | None:
     return None
 
 
-def _taps(size: int, kernel: int, before: int, after: int, stride: int, dilation: int) -> Iterator[tuple[int, int, int]]:
+def _taps(
+    size: int, kernel: int, before: int, after: int, stride: int, dilation: int
+) -> Iterator[tuple[int, int, int]]:
     """``(output, tap, input)`` along one axis; an input outside the image is a padded one."""
     count = (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
     for output, tap in product(range(count), range(kernel)):
         yield output, tap, output * stride - before + tap * dilation
 
 
-def convolution(
+def convolution_matrix(
     weight: np.ndarray,
-    x: np.ndarray,
+    shape: tuple[int, ...],
     pads: tuple[int, int, int, int],
     stride: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     mode: str = "zeros",
 ) -> np.ndarray:
-    """A convolution of (in, height, width), by index arithmetic.
+    """A convolution as an array (out, out height, out width, *shape), by index arithmetic; padded copies add up.
 
     Args:
         weight: (out, in / groups, kernel height, kernel width).
+        shape: (in, height, width).
         pads: (left, right, top, bottom).
     """
-    rows = list(_taps(x.shape[1], weight.shape[2], pads[2], pads[3], stride[0], dilation[0]))
-    columns = list(_taps(x.shape[2], weight.shape[3], pads[0], pads[1], stride[1], dilation[1]))
-    result = zeros(len(weight), rows[-1][0] + 1, columns[-1][0] + 1)
+    rows = list(_taps(shape[1], weight.shape[2], pads[2], pads[3], stride[0], dilation[0]))
+    columns = list(_taps(shape[2], weight.shape[3], pads[0], pads[1], stride[1], dilation[1]))
+    result = zeros(len(weight), rows[-1][0] + 1, columns[-1][0] + 1, *shape)
     outputs, inputs = len(weight) // groups, weight.shape[1]
-    for (y, k, i), (x_, l, j) in product(rows, columns):
-        row, column = _source(i, x.shape[1], mode), _source(j, x.shape[2], mode)
+    for (y, k, i), (x, m, j) in product(rows, columns):
+        row, column = _source(i, shape[1], mode), _source(j, shape[2], mode)
         if row is None or column is None:
             continue
         for group in range(groups):
-            mine = slice(group * outputs, (group + 1) * outputs)
-            result[mine, y, x_] += weight[mine, :, k, l] @ x[group * inputs : (group + 1) * inputs, row, column]
+            mine, read = slice(group * outputs, (group + 1) * outputs), slice(group * inputs, (group + 1) * inputs)
+            result[mine, y, x, read, row, column] += weight[mine, :, k, m]
     return result
 
 
 def matrix(operator: Operator, shape: tuple[int, ...]) -> np.ndarray:
-    """``W`` as a matrix over the flattened features of `shape`; padded copies of a pixel add up.
+    """``W`` as a matrix over the flattened features of `shape`.
 
     Raises:
         InputError: an operator of another kind.
@@ -101,16 +109,11 @@ def matrix(operator: Operator, shape: tuple[int, ...]) -> np.ndarray:
         return exact(operator.weight)
     if not isinstance(operator, Convolution):
         raise InputError(f"no exact matrix is known for {type(operator).__name__}")
-    weight, size = exact(operator.weight), int(np.prod(shape))
-    result = zeros(size, size)
-    for column in range(size):
-        unit = zeros(size)
-        unit[column] = Fraction(1)
-        image = convolution(
-            weight, unit.reshape(shape), operator.pads, (1, 1), operator.dilation, operator.groups, operator.mode
-        )
-        result[:, column] = image.reshape(-1)
-    return result
+    full = convolution_matrix(
+        exact(operator.weight), shape, operator.pads, (1, 1), operator.dilation, operator.groups, operator.mode
+    )
+    size = int(np.prod(shape))
+    return full.reshape(size, size)
 
 
 def solve_linear(matrix: np.ndarray, right: np.ndarray) -> np.ndarray | None:
@@ -135,7 +138,9 @@ def solve_linear(matrix: np.ndarray, right: np.ndarray) -> np.ndarray | None:
         last = top[k]
     solution = zeros(size)
     for k in reversed(range(size)):
-        known = sum((Fraction(a) * z for a, z in zip(rows[k][k + 1 : size], solution[k + 1 :], strict=True)), start=ZERO)
+        known = sum(
+            (Fraction(a) * z for a, z in zip(rows[k][k + 1 : size], solution[k + 1 :], strict=True)), start=ZERO
+        )
         solution[k] = (rows[k][size] - known) / rows[k][k]
     return solution
 
@@ -186,7 +191,7 @@ def _with_active(W: np.ndarray, v: np.ndarray, active: tuple[bool, ...]) -> np.n
     z = zeros(len(v))
     if not units:
         return z
-    identity = np.where(np.eye(len(units), dtype=bool), Fraction(1), ZERO)
+    identity = select(np.eye(len(units), dtype=bool), Fraction(1), ZERO)
     part = solve_linear(identity - W[np.ix_(units, units)], v[units])
     if part is None:
         return None
@@ -211,38 +216,65 @@ def equilibrium(W: np.ndarray, v: np.ndarray) -> np.ndarray:
     raise InputError(f"no exact equilibrium was found among the active sets of {len(v)} units")
 
 
-def evaluate(graph: Graph, x: np.ndarray) -> dict[str, np.ndarray]:
-    """Every value of a model at one input, exactly, by node name.
+class ExactModel:
+    """A model in exact arithmetic.
 
     Args:
-        graph: of linear, conv2d, normalize, relu, pooling, flatten, add and equilibrium operations. A batch normalisation
-            has a square root, and so no rational value.
-        x: (*features) of fractions.
-
-    Raises:
-        InputError: an operation without an exact value.
+        graph: of linear, conv2d, normalize, relu, pooling, flatten, add and equilibrium operations. A batch
+            normalisation has a square root, and so no rational value.
     """
-    values = {INPUT: x}
-    for node in graph.nodes:
-        kind = node.operation.kind
-        if kind not in _RULES:
-            raise InputError(f"{node.name}: {kind} has no exact value")
-        values[node.name] = _RULES[kind](node.module, *(values[name] for name in node.inputs))
-    return values
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._matrices: dict[str, np.ndarray] = {}
+
+    def values(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """Every value at one input, (*features), by node name.
+
+        Raises:
+            InputError: an operation without an exact value.
+        """
+        values = {INPUT: x}
+        for node in self.graph.nodes:
+            kind, arguments = node.operation.kind, [values[name] for name in node.inputs]
+            if kind in _LINEAR:
+                if node.name not in self._matrices:
+                    self._matrices[node.name] = _LINEAR[kind](node.module, arguments[0].shape)
+                values[node.name] = _apply(kind, node.module, self._matrices[node.name], arguments[0])
+            elif kind in _RULES:
+                values[node.name] = _RULES[kind](node.module, *arguments)
+            else:
+                raise InputError(f"{node.name}: {kind} has no exact value")
+        return values
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The output at one input."""
+        return self.values(x)[self.graph.nodes[-1].name]
 
 
-def _linear(module: Any, x: np.ndarray) -> np.ndarray:
-    y: np.ndarray = x @ exact(module.weight).T
-    return y if module.bias is None else y + exact(module.bias)
-
-
-def _conv2d(module: Any, x: np.ndarray) -> np.ndarray:
+def _conv2d_matrix(module: Any, shape: tuple[int, ...]) -> np.ndarray:
     # torch keeps the padding of either spelling as (left, right, top, bottom).
-    pads = module._reversed_padding_repeated_twice
-    y = convolution(
-        exact(module.weight), x, tuple(pads), module.stride, module.dilation, module.groups, module.padding_mode
-    )
-    return y if module.bias is None else y + exact(module.bias)[:, None, None]
+    pads = tuple(module._reversed_padding_repeated_twice)
+    weight = exact(module.weight)
+    return convolution_matrix(weight, shape, pads, module.stride, module.dilation, module.groups, module.padding_mode)
+
+
+_LINEAR: dict[str, Callable[[Any, tuple[int, ...]], np.ndarray]] = {
+    "linear": lambda module, shape: exact(module.weight),
+    "conv2d": _conv2d_matrix,
+    "equilibrium": lambda module, shape: matrix(module.operator(), shape),
+}
+"""Operations with a matrix, which is built once a model."""
+
+
+def _apply(kind: str, module: Any, matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+    if kind == "equilibrium":
+        z: np.ndarray = equilibrium(matrix, x.reshape(-1)).reshape(x.shape)
+        return z
+    y: np.ndarray = np.tensordot(matrix, x, axes=x.ndim)
+    if module.bias is None:
+        return y
+    return y + exact(module.bias).reshape(-1, *[1] * (y.ndim - 1))
 
 
 def _normalize(module: Any, x: np.ndarray) -> np.ndarray:
@@ -251,40 +283,32 @@ def _normalize(module: Any, x: np.ndarray) -> np.ndarray:
     return y
 
 
-def _avg_pool(module: Any, x: np.ndarray) -> np.ndarray:
-    """By torch on unit images: its weights are the reciprocals of whole numbers, so that rounding them is exact."""
-    size, divisor = x[0].size, 10**6
+def _average(module: Any, x: np.ndarray) -> np.ndarray:
+    """By torch on unit images: its weights are reciprocals of small whole numbers, which a float64 tells apart."""
+    size = x[0].size
     units = torch.eye(size, dtype=torch.float64).view(size, 1, *x.shape[1:])
-    weights = module(units)
-    fractions = np.vectorize(lambda w: Fraction(w).limit_denominator(divisor), otypes=[object])(weights.numpy())
-    y: np.ndarray = np.tensordot(x.reshape(len(x), -1), fractions[:, 0], axes=(1, 0))
+    fractions = np.vectorize(lambda w: Fraction(w).limit_denominator(10**6), otypes=[object])(module(units).numpy())
+    y: np.ndarray = np.tensordot(x.reshape(len(x), -1), fractions[:, 0], axes=1)
     return y
 
 
-def _max_pool(module: Any, x: np.ndarray) -> np.ndarray:
+def _maximum(module: Any, x: np.ndarray) -> np.ndarray:
     """By torch on the ranks of the values."""
     order = sorted(set(x.reshape(-1)))
     ranks = np.vectorize(order.index, otypes=[float])(x)
-    pooled = module(torch.from_numpy(ranks)[None])[0]
-    y: np.ndarray = np.vectorize(lambda rank: order[int(rank)], otypes=[object])(pooled.numpy())
+    pooled = module(torch.from_numpy(ranks)[None])[0].numpy()
+    y: np.ndarray = np.vectorize(lambda rank: order[int(rank)], otypes=[object])(pooled)
     return y
 
 
-def _equilibrium(module: Any, v: np.ndarray) -> np.ndarray:
-    return equilibrium(matrix(module.operator(), v.shape), v.reshape(-1)).reshape(v.shape)
-
-
 _RULES: dict[str, Callable[..., np.ndarray]] = {
-    "linear": _linear,
-    "conv2d": _conv2d,
     "normalize": _normalize,
     "relu": lambda module, x: relu(x),
-    "avg_pool2d": _avg_pool,
-    "adaptive_avg_pool2d": _avg_pool,
-    "max_pool2d": _max_pool,
+    "avg_pool2d": _average,
+    "adaptive_avg_pool2d": _average,
+    "max_pool2d": _maximum,
     "flatten": lambda module, x: x.reshape(-1),
     "add": lambda module, a, b: a + b,
-    "equilibrium": _equilibrium,
 }
 
 
@@ -296,7 +320,5 @@ def outside(value: np.ndarray, lower: Tensor, upper: Tensor) -> list[tuple[int, 
         lower: (*features), as `upper`: one sample's box.
     """
     return [
-        index
-        for index in np.ndindex(value.shape)
-        if not (lower[index].item() <= value[index] <= upper[index].item())
+        index for index in np.ndindex(value.shape) if not (lower[index].item() <= value[index] <= upper[index].item())
     ]
