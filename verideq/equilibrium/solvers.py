@@ -1,15 +1,16 @@
 """Fixed-point solvers: every sample on its own, whatever its batch-mates do.
 
-A solver iterates a map ``x -> step(x)`` on states of shape (parts, batch, *features): one part for a point ``z``, two for
-a centre and a radius, which are accelerated jointly. A sample has converged when its residual
+A solver iterates a map ``x -> step(x)`` on states of shape (parts, batch, *features): one part for a point ``z``, two
+for a centre and a radius, which are accelerated jointly. A sample has converged when its residual
 
     sum over the parts of  ‖step(x) - x‖₂ / ‖step(x)‖₂
 
 is at most the tolerance; its answer is then fixed, and depends on no other sample.
 
 The default (`Auto`) is undamped Picard iteration, which under a gauge converges always. A sample for which the observed
-rate promises more than three further steps goes over to Anderson acceleration, whose window fills up to 3 as steps are taken
-and empties when the residual grows (Walker & Ni, SIAM J. Numer. Anal. 2011, type II, in difference form).
+rate promises more than three further steps goes over to Anderson acceleration, whose window fills up to 3 as steps are
+taken and empties when the residual grows (Walker & Ni, SIAM J. Numer. Anal. 2011, type II, in difference form). Where
+that does not pay it goes back to Picard for good, so that the theorem's convergence is never lost.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SYNC = 4
 """Steps between two looks at the residuals where a look stalls the device."""
 WINDOW = 3
 """The Anderson window of `Auto`."""
+PATIENCE = 20
+"""A sample whose residual has not halved in so many steps goes back to Picard, which a gauge makes sure of."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ class Solution:
         failed, worst = int((~self.converged).sum()), float(self.residual.nan_to_num(math.inf).max())
         steps = int(self.steps.max())
         raise ConvergenceError(
-            f"{place} did not converge for {failed} of {len(self.converged)} samples after {steps} steps (worst relative "
-            f"residual {worst:.3g}): {self.convergence.value}",
+            f"{place} did not converge for {failed} of {len(self.converged)} samples after {steps} steps (worst "
+            f"relative residual {worst:.3g}): {self.convergence.value}",
             worst,
             steps,
         )
@@ -181,7 +184,8 @@ def fixed_point(step: Step, start: Tensor, solver: Solver) -> Solution:
 
 def _norms(x: Tensor) -> Tensor:
     """(parts, batch) Euclidean norms."""
-    return torch.linalg.vector_norm(x.flatten(2), dim=2)
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(2), dim=2)
+    return norms
 
 
 class _Acceleration:
@@ -195,18 +199,23 @@ class _Acceleration:
 
     def __init__(self, start: Tensor, tol: float, window: int, adaptive: bool) -> None:
         batch = start.shape[1]
-        self.tol, self.window = tol, window
+        self.tol, self.window, self.adaptive = tol, window, adaptive
         self.interval = 1 if start.device.type == "cpu" else SYNC
         self.active = start.new_full((batch,), 0.0 if adaptive else 1.0)
         self.entered = 0 if adaptive else batch  # how many samples are active
         self.usable = start.new_zeros(batch)  # differences since the sample's entry or restart
         self.best = start.new_full((batch,), math.inf)
+        self.goal = start.new_full((batch,), math.inf)  # what the residual has to reach by the next look at progress
+        self.barred = torch.zeros(batch, dtype=torch.bool, device=start.device)
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
         self.images: list[Tensor] = []  # one more than there are differences
         self.differences: list[Tensor] = []
         self.gram = start.new_zeros(batch, window, window)  # inner products of the differences,
         self.right = start.new_zeros(batch, window)  # and of each with the newest residual
         self.products = torch.empty_like(start.flatten(2))
+        # A relative ridge keeps nearly parallel differences from blowing up; a huge one switches a difference off.
+        eps = torch.finfo(start.dtype).eps
+        self.ridge = start.new_full((), 1 + 10 * eps), start.new_full((), eps**-2)
         self.age = torch.arange(window, 0, -1, device=start.device)
         # θ to the weights of the images, in which Σ θ Δg is written out; the newest has 1 more.
         identity = torch.eye(window + 1, dtype=start.dtype, device=start.device)
@@ -225,15 +234,13 @@ class _Acceleration:
         last, self.last = self.last, (image, change, error)
         if last is None:
             return image
-        if self.entered < len(error) and count % self.interval == 0:
-            # More than three further Picard steps: at the observed rate the third leaves more than the tolerance.
-            self.active.logical_or_(error * (error / last[2]).clamp_(max=1) ** 3 > self.tol)
-            self.entered = int(self.active.sum())
         self.best = torch.minimum(self.best, error)
+        if self.adaptive and count % self.interval == 0 and (self.entered < len(error) or count % PATIENCE == 0):
+            self._enter(error, last[2], count)
         if self.entered == 0:
             return image
         # A residual that has grown starts the sample's history anew.
-        self.usable = (self.usable + self.active).mul_(error <= 5 * self.best)
+        self.usable = (self.usable + 1).mul_(self.active).mul_(error <= 5 * self.best)
         self.images = [*(self.images or [last[0]]), image][-self.window - 1 :]
         self._extend(torch.sub(change, last[1], out=last[1]), change)
         weights = torch.addmm(self.newest, self._coefficients(), self.spread)[:, -len(self.images) :]
@@ -243,6 +250,16 @@ class _Acceleration:
         if len(mixed) == 2:
             mixed[1].clamp_(min=0)  # a radius
         return mixed
+
+    def _enter(self, error: Tensor, before: Tensor, count: int) -> None:
+        """Let samples into acceleration, and send those that it does not serve back to Picard for good."""
+        if count % PATIENCE == 0:
+            self.barred |= ~(self.best <= self.goal)
+            self.goal = self.best / 2
+        # More than three further Picard steps: at the observed rate the third leaves more than the tolerance.
+        slow = error * (error / before).clamp_(max=1) ** 3 > self.tol
+        self.active.logical_or_(slow).mul_(~self.barred)
+        self.entered = int(self.active.sum())
 
     def _extend(self, difference: Tensor, change: Tensor) -> None:
         """One more difference of residuals, the newest of which is `change`."""
@@ -262,11 +279,8 @@ class _Acceleration:
 
     def _coefficients(self) -> Tensor:
         """``θ``, (batch, window); zero for a difference that the sample does not use."""
-        info = torch.finfo(self.gram.dtype)
         keep = self.age <= self.usable[:, None]
-        # A ridge, relative, keeps nearly parallel differences from blowing up; an endless one switches a difference off.
-        ridge = torch.where(keep, 1 + 10 * info.eps, info.eps**-2)
         gram = self.gram.clone()
-        gram.diagonal(dim1=1, dim2=2).mul_(ridge).add_(info.tiny)
-        theta = torch.linalg.solve_ex(gram, self.right)[0]
+        gram.diagonal(dim1=1, dim2=2).mul_(torch.where(keep, *self.ridge)).add_(torch.finfo(gram.dtype).tiny)
+        theta: Tensor = torch.linalg.solve_ex(gram, self.right)[0]
         return theta.mul_(keep).nan_to_num_(0.0, 0.0, 0.0)
