@@ -14,6 +14,7 @@ import verideq
 from verideq.equilibrium import (
     Anderson,
     Auto,
+    Dense,
     Equilibrium,
     ForwardBackward,
     Operator,
@@ -22,8 +23,8 @@ from verideq.equilibrium import (
     System,
     fixed_point,
     operator_of,
+    solvers,
 )
-from verideq.equilibrium import solvers
 from verideq.errors import ConvergenceError, InputError
 from verideq.status import Convergence
 
