@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from verideq.equilibrium.gradients import Gradient, Implicit, differentiable
+from verideq.equilibrium.gradients import Gradient, Implicit, Phantom, differentiable
 from verideq.equilibrium.operators import Operator, operator_of
-from verideq.equilibrium.solvers import Auto, ForwardBackward, Solution, Solver, fixed_point
-from verideq.errors import ModelError
+from verideq.equilibrium.solvers import Anderson, Auto, ForwardBackward, Picard, Solution, Solver, fixed_point
+from verideq.errors import ModelError, UnknownName
 
 relu = F.relu
+SOLVERS: dict[str, Solver] = {
+    "auto": Auto(),
+    "picard": Picard(),
+    "anderson": Anderson(),
+    "forward-backward": ForwardBackward(),
+}
+GRADIENTS: dict[str, Gradient] = {"implicit": Implicit(), "phantom": Phantom()}
 _RELUS: tuple[object, ...] = (F.relu, torch.relu, torch.relu_, nn.ReLU, "relu")
 
 
@@ -79,12 +86,14 @@ class Equilibrium(nn.Module):
         fusion: ``W``: a square `Linear`, or a stride-1 "same" `Conv2d`, without bias; its weight may be parametrized.
         injection: any supported module that maps the input to the shape of ``z``; its bias is the layer's ``b``.
         activation: ReLU, in any of torch's spellings.
-        solver: how the equilibrium is found; `Auto`, `Picard`, `Anderson` or `ForwardBackward`.
-        gradient: `Implicit` (exact, constant memory) or `Phantom`.
+        solver: how the equilibrium is found; `Auto`, `Picard`, `Anderson` or `ForwardBackward`, or one of the names
+            ``auto``, ``picard``, ``anderson`` and ``forward-backward`` for their defaults.
+        gradient: `Implicit` (exact, constant memory) or `Phantom`; or ``implicit`` or ``phantom``.
         throw: raise when a sample does not converge; otherwise the last iterate is returned.
 
     Raises:
         ModelError: a fusion that is no ``W``, or another activation.
+        UnknownName: a solver or gradient that does not exist.
         ConvergenceError: in a call, when `throw` is set and the solver stopped early.
 
     >>> layer = Equilibrium(nn.Linear(3, 3, bias=False), nn.Linear(2, 3))
@@ -98,9 +107,9 @@ class Equilibrium(nn.Module):
         fusion: nn.Module,
         injection: nn.Module,
         activation: Any = relu,
-        solver: Solver = Auto(),
+        solver: Solver | str = Auto(),
         *,
-        gradient: Gradient = Implicit(),
+        gradient: Gradient | str = Implicit(),
         throw: bool = True,
     ) -> None:
         super().__init__()
@@ -109,7 +118,9 @@ class Equilibrium(nn.Module):
         operator_of(fusion)
         self.fusion, self.injection = fusion, injection
         self.activation = nn.ReLU()
-        self.solver, self.gradient, self.throw = solver, gradient, throw
+        self.solver: Solver = _named("solver", solver, SOLVERS)
+        self.gradient: Gradient = _named("gradient", gradient, GRADIENTS)
+        self.throw = throw
 
     def operator(self) -> Operator:
         """A snapshot of ``W``: the parametrization is evaluated here and nowhere else."""
@@ -130,8 +141,22 @@ class Equilibrium(nn.Module):
         return solved[0], solved[1]
 
     def system(self, injection: Tensor) -> System:
-        """The problem as the chosen solver takes it: `Auto` solves the rows for their own unknowns first."""
+        """The problem as the chosen solver takes it: `Auto` solves the rows for their own unknowns first.
+
+        Args:
+            injection: (parts, batch, *features), see `System`.
+
+        Raises:
+            ModelError: the injection does not have the shape of a state.
+        """
         system = System(self.operator(), injection)
+        given, wanted = tuple(injection.shape[2:]), system.operator.shape
+        if len(given) != len(wanted) or any(w is not None and w != g for g, w in zip(given, wanted, strict=True)):
+            shape = ", ".join("any" if w is None else str(w) for w in wanted)
+            raise ModelError(
+                f"the injection gives {given} a sample, and W takes a state of shape ({shape}); change the "
+                "injection's output"
+            )
         if isinstance(self.solver, ForwardBackward):
             return replace(system, alpha=self.solver.alpha)
         return system.solved() if isinstance(self.solver, Auto) else system
@@ -154,6 +179,15 @@ class Equilibrium(nn.Module):
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, gradient={self.gradient}"
+
+
+def _named(kind: str, choice: Any, known: Mapping[str, Any]) -> Any:
+    """The choice itself, or the one of that name."""
+    if not isinstance(choice, str):
+        return choice
+    if choice not in known:
+        raise UnknownName(kind, choice, known)
+    return known[choice]
 
 
 def solve(

@@ -30,6 +30,10 @@ class Operator(Protocol):
     def dtype(self) -> torch.dtype:
         """The dtype of the stored weights."""
 
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """The shape of a state without the batch, ``None`` where any size will do."""
+
     def apply(self, z: Tensor) -> Tensor:
         """``W z``; (batch, *features) in and out."""
 
@@ -74,6 +78,10 @@ class Dense:
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        return (self.weight.shape[1],)
 
     def apply(self, z: Tensor) -> Tensor:
         return F.linear(z, self.weight)
@@ -120,6 +128,10 @@ class Convolution:
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        return (self.weight.shape[0], None, None)
 
     @property
     def _symmetric(self) -> tuple[int, int] | None:
