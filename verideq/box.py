@@ -1,9 +1,9 @@
 """Boxes, and the centre-radius arithmetic that every interval bound is made of.
 
 A `Box` is the set ``{x : lower <= x <= upper}``. Moving one through an affine map costs two products in centre-radius
-form, ``A c`` and ``|A| r``, where the four-product form costs twice that. In floating point the computed centre is
-off by
-rounding. *Rigorous* arithmetic adds that error to the radius before the second product, so that it costs no third one::
+form, ``A c`` and ``|A| r``, where the four-product form costs twice that. In floating point the computed centre is off
+by rounding. *Rigorous* arithmetic adds that error to the radius before the second product, so that it costs no third
+one::
 
     |A x + b - fl(A c + b)|  <=  |A| r + γ (|A||c| + |b|) + underflow,     γ = γ(n), n terms in a row
 
@@ -117,6 +117,8 @@ def flushed(x: Tensor) -> Tensor:
 
     A flushed float64 loses less than `TINY`, which every bound allows for; a float32 may lose ``2⁻¹²⁶``.
     """
+    if not x.is_floating_point():
+        return torch.zeros_like(x, dtype=torch.bool)
     bits = x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     return (x == 0) & (bits << 1 != 0)
 

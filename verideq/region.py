@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from verideq.box import TINY, Box
+from verideq.box import TINY, Box, flushed
 from verideq.errors import RegionError, UnknownName
 
 Norm = Literal["linf", "l2"]
@@ -96,6 +96,11 @@ class Region:
     ) -> None:
         self.eps = parse_eps(eps)
         self.norm = check_norm(norm)
+        if bool(flushed(center).any()):
+            raise RegionError(
+                "the centre holds denormal numbers, which torch has been told to read as zero; call "
+                "torch.set_flush_denormal(False), or round them to zero first"
+            )
         self.center = center.detach().to(torch.float64)
         self.clip = clip
         self.weights = None if weights is None else weights.detach().to(self.center)

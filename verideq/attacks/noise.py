@@ -6,10 +6,13 @@ from fractions import Fraction
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Words = NDArray[np.uint64]
 
-def _mix(x: np.ndarray) -> np.ndarray:
+
+def _mix(x: Words) -> Words:
     """The finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -31,7 +34,7 @@ def uniform_noise(seed: int, indices: Tensor, eps: Fraction, stream: int, shape:
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
     words = [seed, stream, eps.numerator, eps.denominator]
-    state = np.uint64(0)
+    state: Words = np.zeros(1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for word in words:
             state = _mix((state ^ np.array([word & (2**64 - 1)], dtype=np.uint64)) + golden)

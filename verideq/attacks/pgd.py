@@ -52,7 +52,8 @@ class PGD:
             stop: asked before every step; true ends the attack early with the best so far.
 
         Returns:
-            the best points, (batch, *features), all in the region; and their margins, (batch,), as the model computes them.
+            the best points, (batch, *features), all in the region; and their margins, (batch,), as the model computes
+            them.
         """
         best = region.center.clone()
         margins = torch.full((len(best),), torch.inf, dtype=best.dtype, device=best.device)
@@ -115,5 +116,5 @@ def _direction(gradient: Tensor, region: Region) -> Tensor:
     else:
         # A gradient that is zero up to rounding has no sign: it would depend on the batch.
         direction = flat.sign() * (flat.abs() > 1e-9 * flat.abs().amax(1, keepdim=True))
-    direction = direction.view_as(gradient)
-    return direction if region.weights is None else direction * region.weights
+    shaped: Tensor = direction.view_as(gradient)
+    return shaped if region.weights is None else shaped * region.weights

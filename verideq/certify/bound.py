@@ -4,17 +4,20 @@ method."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from verideq.box import Box, flushed, gamma, outward, peak, underflow
+from verideq.certify.certificate import gauge_file
 from verideq.certify.interval import Arithmetic, propagate
+from verideq.checker import Checker
 from verideq.equilibrium import Auto, Gauge, Solver, gauge
 from verideq.errors import InputError, ModelError, NoGaugeError, RegionError, UnknownName
-from verideq.graph import Graph, trace
+from verideq.graph import Graph, model_bytes, trace
 from verideq.region import Region
 
 
@@ -26,11 +29,18 @@ class Prepared:
         graph: materialised, float64, evaluation mode.
         gauges: by node name.
         missing: why a layer has no gauge, by node name.
+        file: the model file of the stored weights, as they were when the model was prepared.
     """
 
     graph: Graph
     gauges: Mapping[str, Gauge]
     missing: Mapping[str, NoGaugeError] = field(default_factory=dict)
+    file: bytes = b""
+
+    @cached_property
+    def checker(self) -> Checker:
+        """The independent checker, with this model's file and gauges in it."""
+        return Checker(self.file, gauge_file(self.file, self.gauges))
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +87,7 @@ def prepare(model: nn.Module | Prepared, device: torch.device | str | None = Non
             gauges[name] = gauge(layer)
         except NoGaugeError as error:
             missing[name] = error
-    return Prepared(frozen, gauges, missing)
+    return Prepared(frozen, gauges, missing, model_bytes(graph))
 
 
 @dataclass(frozen=True)
@@ -87,10 +97,12 @@ class Bounds:
     Args:
         box: (batch, rows).
         steps: (batch,) solver steps, zero without an equilibrium.
+        enclosures: of the equilibria by node name, (batch, *state): what a certificate is made of.
     """
 
     box: Box
     steps: Tensor
+    enclosures: Mapping[str, Box] = field(default_factory=dict)
 
 
 Method = Callable[[Prepared, Box, Tensor | None, Solver], Bounds]
@@ -144,11 +156,13 @@ def run_method(prepared: Prepared, region: Region | Box, C: Tensor | None, metho
     prepared.graph.check_input(box.lower)
     if C is not None:
         C = _specification(C, len(box.lower)).to(prepared.device)
-    result = chosen(prepared, box, C, Auto(tol=1e-13, max_steps=max_steps))
+    # cuDNN may choose a transform whose error is not bounded entry by entry.
+    with torch.backends.cudnn.flags(enabled=False):
+        result = chosen(prepared, box, C, Auto(tol=1e-13, max_steps=max_steps))
     # Whatever is not an ordered pair of numbers is no bound.
     unknown = ~(result.box.lower <= result.box.upper)
     lower = torch.where(unknown, -torch.inf, result.box.lower)
-    return Bounds(Box(lower, torch.where(unknown, torch.inf, result.box.upper)), result.steps)
+    return replace(result, box=Box(lower, torch.where(unknown, torch.inf, result.box.upper)))
 
 
 def _specification(C: Tensor, batch: int) -> Tensor:
@@ -176,7 +190,7 @@ def interval(prepared: Prepared, box: Box, C: Tensor | None, solver: Solver) -> 
         outputs = propagate(prepared.graph, box, arithmetic)
         result = elide(outputs, C, None, None)
     steps = arithmetic.steps
-    return Bounds(result, torch.zeros(len(box.lower), dtype=torch.long) if steps is None else steps)
+    return Bounds(result, torch.zeros(len(box.lower), dtype=torch.long) if steps is None else steps, arithmetic.boxes)
 
 
 def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) -> Box:

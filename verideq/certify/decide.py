@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from verideq.attacks import attack_named
 from verideq.box import Box
-from verideq.certify.bound import Prepared, elide, method_named, prepare, run_method
+from verideq.certify.bound import Bounds, Prepared, elide, method_named, prepare, run_method
+from verideq.certify.certificate import record
+from verideq.certify.summary import REJECTED
 from verideq.certify.task import Task, specification
 from verideq.certify.verdict import Verdict
 from verideq.equilibrium import Auto, Implicit
-from verideq.errors import ConvergenceError, InconsistencyError, InputError, NoGaugeError, VerideqError
+from verideq.errors import ConvergenceError, InconsistencyError, InputError, NoGaugeError
 from verideq.graph import evaluating
 from verideq.region import Radius, Region
 from verideq.status import Status
@@ -33,6 +35,7 @@ class Budget:
         timeout: seconds a sample; ``None`` for no limit.
         seed: of the attack's noise.
         radius: look for the largest certified radius of each sample too.
+        check: have the independent checker accept a certificate of every sample before it is CERTIFIED.
     """
 
     method: str = "auto"
@@ -42,6 +45,7 @@ class Budget:
     timeout: float | None = None
     seed: int = 0
     radius: bool = False
+    check: bool = True
 
     def __post_init__(self) -> None:
         method_named(self.method)
@@ -66,6 +70,7 @@ def certify(
     seed: int = 0,
     max_steps: int = 1000,
     radius: bool = False,
+    check: bool = True,
     batch_size: int = 64,
 ) -> list[Verdict]:
     """Decide for every image whether the model is robust on the ball around it.
@@ -88,6 +93,7 @@ def certify(
         seed: of the attack.
         max_steps: of the equilibrium solver.
         radius: look for the largest certified radius of each sample too.
+        check: have the independent checker accept a certificate of every sample before it is CERTIFIED.
         batch_size: samples at a time; no verdict depends on it.
 
     Returns:
@@ -99,7 +105,9 @@ def certify(
         InconsistencyError: an attack broke what a bound had certified.
     """
     prepared = prepare(model)
-    budget = Budget(method, attack, max_steps, timeout=timeout, seed=seed, radius=radius)
+    budget = Budget(method, attack, max_steps, timeout=timeout, seed=seed, radius=radius, check=check)
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: give 1 or more")
     if images.dtype is torch.uint8:
         images = images.to(torch.float64) / 255
     count = len(images)
@@ -107,7 +115,8 @@ def certify(
     verdicts: list[Verdict] = []
     # Everything is checked before the first batch is worked on.
     region = Region(images, eps, norm, prepared.graph.pixel_range, weights=weights)
-    task = Task(region, labels, *specification(prepared, images, labels, C, rhs), torch.arange(count))
+    rows = specification(prepared, images, labels, C, rhs)
+    task = Task(region, labels, *rows, torch.arange(count), by_label=C is None and rhs is None)
     for start in range(0, count, batch_size):
         verdicts += decide(prepared, task[slice(start, start + batch_size)], budget, original)
     return verdicts
@@ -126,15 +135,14 @@ def decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module |
         return _decide(prepared, task.to(prepared.device), budget, original)
     except InconsistencyError:
         raise
-    except (VerideqError, RuntimeError, MemoryError, ValueError) as error:
+    except Exception as error:  # whatever broke: the other samples get their verdicts, and this one says ERROR
         if len(task) > 1:
             halves = (slice(0, len(task) // 2), slice(len(task) // 2, None))
             return [v for half in halves for v in decide(prepared, task[half], budget, original)]
         label = None if task.labels is None else int(task.labels[0])
-        unsolved = isinstance(error, ConvergenceError)
-        status, reason = (
-            (Status.UNKNOWN, str(error)) if unsolved else (Status.ERROR, f"{type(error).__name__}: {error}")
-        )
+        status, reason = Status.ERROR, f"{type(error).__name__}: {error}"
+        if isinstance(error, ConvergenceError):
+            status, reason = Status.UNKNOWN, "; ".join(map(str, (error, *prepared.missing.values())))
         return [
             Verdict(status, None, task.region.eps, task.region.norm, budget.method, False, reason, 0.0, label=label)
         ]
@@ -143,11 +151,11 @@ def decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module |
 class _Draft:
     """The verdicts of a batch while they are being worked out."""
 
-    def __init__(self, task: Task, budget: Budget) -> None:
+    def __init__(self, task: Task, budget: Budget, method: str) -> None:
         self.task, self.started = task, time.monotonic()
         self.deadline = math.inf if budget.timeout is None else self.started + budget.timeout * len(task)
         region = task.region
-        blank = Verdict(Status.UNKNOWN, None, region.eps, region.norm, budget.method, False, "", 0.0)
+        blank = Verdict(Status.UNKNOWN, None, region.eps, region.norm, method, False, "", 0.0)
         self.verdicts = [
             replace(blank, label=None if task.labels is None else int(task.labels[i])) for i in range(len(task))
         ]
@@ -170,8 +178,8 @@ class _Draft:
 
 
 def _decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module | None) -> list[Verdict]:
-    draft = _Draft(task, budget)
     method = "interval" if budget.method == "auto" else budget.method
+    draft = _Draft(task, budget, method)
     right = _predict(prepared, task, draft)
     if right:
         part = task[torch.tensor(right)]
@@ -217,16 +225,60 @@ def _prove(prepared: Prepared, part: Task, draft: _Draft, right: list[int], budg
         for i in right:
             draft.set(i, method=method, reason=f"{error} (measured contraction rate {error.rate:.4g})")
         return
-    lower = (bounds.box.lower - part.rhs).amin(1).tolist()
+    # The difference is rounded down, so that the margin stays a lower bound; its sign is exact before and after.
+    rows = bounds.box.lower - part.rhs
+    rows = torch.where(part.rhs == 0, rows, torch.nextafter(rows, torch.full_like(rows, -torch.inf)))
+    lower: list[float] = rows.amin(1).tolist()
     for i, margin, steps in zip(right, lower, bounds.steps.tolist(), strict=True):
         draft.set(i, margin=margin if math.isfinite(margin) else None, method=method, steps=steps)
-        if margin > 0:
-            draft.set(i, status=Status.CERTIFIED)
-        elif not math.isfinite(margin):
+        if not math.isfinite(margin):
             draft.set(i, reason="the bound is not finite; the weights or the region are too large for float64")
+        elif margin > 0:
+            draft.set(i, status=Status.CERTIFIED)
         else:
             draft.set(
                 i, reason=f"the {method} bound is not tight enough; try a smaller eps, or train with certified training"
+            )
+    proposed = [k for k, margin in enumerate(lower) if 0 < margin < math.inf]
+    if budget.check and proposed:
+        _check(prepared, part, draft, right, proposed, bounds, lower)
+
+
+def _check(
+    prepared: Prepared,
+    part: Task,
+    draft: _Draft,
+    right: list[int],
+    proposed: list[int],
+    bounds: Bounds,
+    lower: list[float],
+) -> None:
+    """Have the independent checker read a certificate of every sample that is about to be certified."""
+    checker = prepared.checker
+    enclosures = {name: Box(box.lower.cpu(), box.upper.cpu()) for name, box in bounds.enclosures.items()}
+    C, rhs = part.C.cpu().numpy(), part.rhs.cpu().numpy()
+    payloads = [
+        record(
+            checker.hash,
+            int(part.indices[k]),
+            part.region,
+            k,
+            label=int(part.labels[k]) if part.by_label and part.labels is not None else None,
+            C=C[k],
+            rhs=rhs[k],
+            margin=lower[k],
+            enclosures=enclosures,
+        )
+        for k in proposed
+    ]
+    for k, payload, (accepted, reason, margin) in zip(proposed, payloads, checker.decide(payloads), strict=True):
+        if accepted:
+            draft.set(right[k], checked=True, certificate=payload, margin=margin)
+        else:
+            draft.set(
+                right[k],
+                status=Status.UNKNOWN,
+                reason=f"{REJECTED} a proposed certificate ({reason}): a bug in verideq; please report it",
             )
 
 
@@ -283,8 +335,8 @@ def _falsify(draft: _Draft, i: int, point: Tensor, index: int) -> None:
     verdict = draft.verdicts[i]
     if verdict.status is Status.CERTIFIED:
         raise InconsistencyError(
-            f"sample {index} is certified at {verdict.norm} eps {verdict.eps} (margin {verdict.margin:.6g}) and broken by "
-            "a proved witness: one of the two is a bug; please report it with the saved files",
+            f"sample {index} is certified at {verdict.norm} eps {verdict.eps} (margin {verdict.margin:.6g}) and broken "
+            "by a proved witness: one of the two is a bug; please report it with the saved files",
             {"index": index, "verdict": verdict, "witness": witness},
         )
     draft.set(i, status=Status.FALSIFIED, witness=witness, reason="a point of the region provably lacks the property")
@@ -296,4 +348,5 @@ def _rows(original: nn.Module, points: Tensor, part: Task) -> Tensor:
     first = next((p for p in [*original.parameters(), *original.buffers()] if p.is_floating_point()), points)
     with evaluating(original):
         outputs = original(points.to(first.device, first.dtype)).to(part.C)
-    return (part.C @ outputs[:, :, None])[:, :, 0] - part.rhs
+    rows: Tensor = (part.C @ outputs[:, :, None])[:, :, 0] - part.rhs
+    return rows

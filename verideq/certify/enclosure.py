@@ -6,9 +6,8 @@ h``, moved out by ``t u`` with ``t = max_i max(0, G_h - h, l - G_l)_i / s_i``,
     G([l - t u, h + t u])  ⊆  [l - t|W|u + ..., ...]  ⊆  [l - t u, h + t u]
 
 so that by Brouwer and uniqueness the moved box holds ``z*(v)`` for every ``v`` of the box of injections, however
-early the solver
-was stopped. When it was stopped early the box is cut with ``[0, t₀ u]``, ``t₀ = max_i (v_u)_i⁺ / s_i``, which maps
-into itself as well, and ``B <- B ∩ G(B)`` only tightens from there.
+early the solver was stopped. When it was stopped early the box is cut with ``[0, t₀ u]``, ``t₀ = max_i (v_u)_i⁺ /
+s_i``, which maps into itself as well, and ``B <- B ∩ G(B)`` only tightens from there.
 
 Everything is done with ``W̃``, every row solved for its own unknown: a gauge of ``W`` is one of ``W̃``.
 """
@@ -73,8 +72,10 @@ def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) ->
     middle, half = solution.value
     guess = Box((middle - half).clamp_(min=0), (middle + half).clamp_(min=0))
 
+    absolute, units = operator.absolute(), operator.absolute_units()
+
     def image(box: Box) -> Box:
-        return _image(operator, center, radius, box)
+        return _image(operator, absolute, units, center, radius, box)
 
     box = _inflate(guess, image(guess), u, room)
     if not bool(solution.converged.all()):
@@ -88,13 +89,13 @@ def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) ->
     return Enclosure(box, solution.steps, solution.converged)
 
 
-def _image(operator: Operator, center: Tensor, radius: Tensor, box: Box) -> Box:
+def _image(operator: Operator, absolute: Operator, units: Tensor, center: Tensor, radius: Tensor, box: Box) -> Box:
     """``G(box)`` with the injection ``center ± radius``, rounded outward."""
     middle, half = box.ball()
     terms = operator.terms + 3  # a stored row of W̃ is three roundings away from the exact one
     g = gamma(terms)
-    pushed = operator.absolute().apply(spread(middle, half, terms))
-    lost = underflow(terms, middle, half, operator.absolute_units())
+    pushed = absolute.apply(spread(middle, half, terms))
+    lost = underflow(terms, middle, half, units)
     total = pushed + radius * (1 + g) + g * center.abs() + lost
     moved = outward(operator.apply(middle) + center, total)
     return Box(moved.lower.clamp(min=0), moved.upper.clamp(min=0))

@@ -1,9 +1,8 @@
 """Interval bounds through a graph: one rule an operation, each in centre-radius form.
 
-The same rules serve two masters. A *proof* (`Arithmetic`, float64) rounds every result outward and encloses
-equilibria with
-their gauge. A *training step* (`verideq.training`) takes the rules in plain arithmetic, with gradients. What differs
-between the two is the `Arithmetic` that a rule is handed, never the rule.
+The same rules serve two masters. A *proof* (`Arithmetic`, float64) rounds every result outward and encloses equilibria
+with their gauge. A *training step* (`verideq.training`) takes the rules in plain arithmetic, with gradients. What
+differs between the two is the `Arithmetic` that a rule is handed, never the rule.
 """
 
 from __future__ import annotations
@@ -29,11 +28,14 @@ class Arithmetic:
     Args:
         gauges: a gauge for every equilibrium, by node name.
         solver: how the pairs are searched for.
+
+    Afterwards `steps` holds the solver steps by sample, and `boxes` the enclosure of every equilibrium by node name.
     """
 
     def __init__(self, gauges: Mapping[str, Gauge], solver: Solver = Auto(tol=1e-13)) -> None:
         self.gauges, self.solver = gauges, solver
         self.steps: Tensor | None = None
+        self.boxes: dict[str, Box] = {}
 
     def affine(
         self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor
@@ -79,6 +81,7 @@ class Arithmetic:
         """The equilibria for all injections of a box."""
         enclosure = enclose(layer, self.gauges[node.name], box, self.solver)
         self.steps = enclosure.steps if self.steps is None else torch.maximum(self.steps, enclosure.steps)
+        self.boxes[node.name] = enclosure.box
         return enclosure.box
 
 

@@ -1,7 +1,8 @@
 """A run over a data set: a folder that grows by whole chunks and can be taken up again after any interruption.
 
-The unit of work is a *chunk*: the samples of one batch at every radius. Its lines reach ``results.jsonl`` together and are
-forced to disk; a resumed run cuts what an interrupted write left of a chunk and works the chunk out again, in the same batch.
+The unit of work is a *chunk*: the samples of one batch at every radius. Its lines reach ``results.jsonl`` together and
+are forced to disk; a resumed run cuts what an interrupted write left of a chunk and works the chunk out again, in the
+same batch.
 Formats: ``docs/run-folder.md``.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import verideq
 from verideq.certify.bound import Prepared, prepare
+from verideq.certify.certificate import framed, gauge_file
 from verideq.certify.decide import Budget, decide
 from verideq.certify.summary import summarise
 from verideq.certify.task import Task, specification
@@ -43,8 +45,13 @@ IDENTITY = (
     "seed",
     "tolerances",
     "radius",
+    "check",
+    "certificates",
 )
 """The fields of ``run.json`` in which a resumed run has to agree with the folder."""
+
+
+RECORDS = "certificates/records.bin"
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,9 @@ class Run:
         model_name: a path or a name, for the record.
         questions: what to ask.
         budget: how hard to try.
-        batch_size: samples a chunk; no verdict depends on it.
+        batch_size: samples a chunk; no verdict depends on it. A resumed run keeps the one that it began with.
         device: where to bound.
+        certificates: keep the accepted certificates in the folder.
         command: the command line, for the record.
     """
 
@@ -100,6 +108,7 @@ class Run:
     budget: Budget
     batch_size: int = 64
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    certificates: bool = False
     command: Sequence[str] = ()
 
     def meta(self) -> dict[str, Any]:
@@ -120,6 +129,8 @@ class Run:
             "method": self.budget.method,
             "attack": self.budget.attack,
             "radius": self.budget.radius,
+            "check": self.budget.check,
+            "certificates": self.certificates,
             "seed": self.budget.seed,
             "tolerances": {"tol": self.budget.tol, "max_steps": self.budget.max_steps, "timeout": self.budget.timeout},
             "batch_size": self.batch_size,
@@ -146,7 +157,7 @@ class Run:
         """
         meta = self._open(resume)
         results = self.folder / "results.jsonl"
-        chunks = list(self._chunks())
+        chunks = list(self._chunks(meta["batch_size"]))
         done = self._keep_whole_chunks(results, chunks) if resume else 0
         total = len(self.questions.indices) * len(self.questions.eps)
         written = sum(len(chunk) for chunk in chunks[:done]) * len(self.questions.eps)
@@ -155,7 +166,12 @@ class Run:
             prepared = prepare(self.model, self.device)
             with results.open("a", encoding="utf-8") as stream:
                 for chunk in chunks[done:]:
-                    lines = [json.dumps(line, allow_nan=False) + "\n" for line in self._work(prepared, chunk)]
+                    verdicts = list(self._work(prepared, chunk))
+                    places = self._keep_certificates(prepared, [verdict for _, verdict in verdicts])
+                    lines = [
+                        json.dumps(self._line(index, verdict, place), allow_nan=False) + "\n"
+                        for (index, verdict), place in zip(verdicts, places, strict=True)
+                    ]
                     stream.write("".join(lines))
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -173,25 +189,29 @@ class Run:
                     f"{self.folder} holds a run already; pass --resume to go on with it, or another --out"
                 )
             try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                before = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
                 raise ResumeError(f"{path} cannot be read: {error}; use another --out") from error
             differing = [key for key in IDENTITY if before.get(key) != meta[key]]
             if differing:
                 key = differing[0]
                 raise ResumeError(
-                    f"{self.folder} holds another run: {', '.join(differing)} differ ({key}: {_short(before.get(key))} there, "
-                    f"{_short(meta[key])} here); repeat its options, or use another --out"
+                    f"{self.folder} holds another run: {', '.join(differing)} differ ({key}: {_short(before.get(key))} "
+                    f"there, {_short(meta[key])} here); repeat its options, or use another --out"
                 )
-            return dict(before)
+            if not isinstance(before.get("batch_size"), int) or before["batch_size"] < 1:
+                raise ResumeError(f"{path} has no batch_size, which orders its results; use another --out")
+            return before
+        if (self.folder / "results.jsonl").exists():
+            raise ResumeError(f"{self.folder} holds results, but no run.json that says of what; use another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, meta)
         return meta
 
-    def _chunks(self) -> Iterator[range]:
+    def _chunks(self, size: int) -> Iterator[range]:
         count = len(self.questions.indices)
-        for start in range(0, count, self.batch_size):
-            yield range(start, min(start + self.batch_size, count))
+        for start in range(0, count, size):
+            yield range(start, min(start + size, count))
 
     def _keep_whole_chunks(self, results: Path, chunks: list[range]) -> int:
         """Cut ``results.jsonl`` after its last whole chunk; returns how many it holds.
@@ -220,24 +240,55 @@ class Run:
         kept = b"".join(line + b"\n" for line in lines[:position])
         with results.open("r+b") as stream:
             stream.truncate(len(kept))
+        self._cut_certificates([json.loads(line)["certificate"] for line in lines[:position]])
         return done
 
-    def _work(self, prepared: Prepared, chunk: range) -> Iterator[dict[str, Any]]:
+    def _keep_certificates(self, prepared: Prepared, verdicts: list[Verdict]) -> list[str | None]:
+        """Append the records of a chunk; returns each one's place, ``certificates/records.bin:OFFSET``."""
+        if not self.certificates:
+            return [None] * len(verdicts)
+        path = self.folder / RECORDS
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / "model.safetensors").write_bytes(prepared.file)
+            (path.parent / "gauges.safetensors").write_bytes(gauge_file(prepared.file, prepared.gauges))
+        places: list[str | None] = []
+        with path.open("ab") as stream:
+            for verdict in verdicts:
+                places.append(None if verdict.certificate is None else f"{RECORDS}:{stream.tell()}")
+                stream.write(b"" if verdict.certificate is None else framed(verdict.certificate))
+            stream.flush()
+            os.fsync(stream.fileno())
+        return places
+
+    def _cut_certificates(self, places: list[str | None]) -> None:
+        """Cut what an interrupted chunk appended: all after the record of the last line that is kept."""
+        path = self.folder / RECORDS
+        if not path.exists():
+            return
+        offsets = [int(place.rpartition(":")[2]) for place in places if place is not None]
+        with path.open("r+b") as stream:
+            end = 0
+            if offsets:
+                stream.seek(offsets[-1])
+                end = offsets[-1] + 8 + int.from_bytes(stream.read(8), "little") + 32
+            stream.truncate(end)
+
+    def _work(self, prepared: Prepared, chunk: range) -> Iterator[tuple[int, Verdict]]:
         q, rows = self.questions, slice(chunk.start, chunk.stop)
         images, labels, indices = q.images[rows], q.labels[rows], q.indices[rows]
         C, rhs = specification(prepared, images, labels, None, None)
         for eps in q.eps:
             region = Region(images, eps, q.norm, q.clip, weights=q.weights)
-            task = Task(region, labels, C, rhs, torch.tensor(indices))
+            task = Task(region, labels, C, rhs, torch.tensor(indices), by_label=True)
             try:
                 verdicts = decide(prepared, task, self.budget, self.model)
             except InconsistencyError as error:
                 self._save_evidence(error)
                 raise
-            for index, verdict in zip(indices, verdicts, strict=True):
-                yield self._line(index, verdict)
+            yield from zip(indices, verdicts, strict=True)
 
-    def _line(self, index: int, verdict: Verdict) -> dict[str, Any]:
+    def _line(self, index: int, verdict: Verdict, certificate: str | None) -> dict[str, Any]:
         witness = None
         if verdict.witness is not None:
             witness = f"witnesses/{index}_{str(verdict.eps).replace('/', '-')}.npy"
@@ -257,7 +308,7 @@ class Run:
             "steps": verdict.steps,
             "seconds": round(verdict.seconds, 6),
             "witness": witness,
-            "certificate": verdict.certificate,
+            "certificate": certificate,
         }
         return line | {"radius": verdict.radius} if self.budget.radius else line
 
@@ -265,7 +316,9 @@ class Run:
         verdict: Verdict = error.evidence["verdict"]
         folder = self.folder / "inconsistency"
         save_array(folder / "witness.npy", error.evidence["witness"])
-        record = {k: str(v) for k, v in asdict(verdict).items() if k != "witness"}
+        if verdict.certificate is not None:
+            (folder / "certificate.bin").write_bytes(framed(verdict.certificate))
+        record = {k: str(v) for k, v in asdict(verdict).items() if k not in ("witness", "certificate")}
         write_json(folder / "verdict.json", {"index": error.evidence["index"], "message": str(error), **record})
 
 

@@ -22,6 +22,7 @@ class Task:
         C: (batch, rows, outputs).
         rhs: (batch, rows).
         indices: (batch,) in the data set.
+        by_label: ``C`` and ``rhs`` say that the label's output is the largest, and nothing else.
     """
 
     region: Region
@@ -29,13 +30,14 @@ class Task:
     C: Tensor
     rhs: Tensor
     indices: Tensor
+    by_label: bool
 
     def __len__(self) -> int:
         return len(self.region)
 
     def __getitem__(self, index: slice | Tensor) -> Task:
         labels = None if self.labels is None else self.labels[index]
-        return Task(self.region[index], labels, self.C[index], self.rhs[index], self.indices[index])
+        return Task(self.region[index], labels, self.C[index], self.rhs[index], self.indices[index], self.by_label)
 
     def to(self, device: torch.device) -> Task:
         """The same questions on another device."""
@@ -67,8 +69,8 @@ def specification(
     rhs = rhs.expand(len(images), *rhs.shape) if rhs.dim() == 1 else rhs
     if C.dim() != 3 or C.shape[::2] != (len(images), outputs) or C.shape[1] == 0 or rhs.shape != C.shape[:2]:
         raise InputError(
-            f"C has shape {tuple(C.shape)} and rhs {tuple(rhs.shape)}; expected (batch, rows, outputs) and (batch, rows) with "
-            f"batch {len(images)}, outputs {outputs}, and one row or more"
+            f"C has shape {tuple(C.shape)} and rhs {tuple(rhs.shape)}; expected (batch, rows, outputs) and "
+            f"(batch, rows) with batch {len(images)}, outputs {outputs}, and one row or more"
         )
     if not bool(C.isfinite().all()) or not bool(rhs.isfinite().all()):
         raise InputError("C and rhs have to be finite")

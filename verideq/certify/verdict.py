@@ -16,16 +16,16 @@ class Verdict:
 
     Args:
         status: see `Status`; only CERTIFIED is a claim of robustness.
-        margin: a proved lower bound of the smallest margin over the region, in units of the outputs; ``None`` if none was
-            computed.
+        margin: a proved lower bound of the smallest margin over the region, in units of the outputs; ``None`` if none
+            was computed.
         eps: the radius, exact.
         norm: ``linf`` or ``l2``.
         method: the bound method that decided.
-        checked: whether an independent checker accepted a certificate in this process. False in this version, always.
+        checked: whether the independent checker accepted a certificate in this process.
         reason: why, and for UNKNOWN what to try next.
         seconds: the sample's share of its batch.
         witness: for FALSIFIED a float64 point of the region, (*features), that provably lacks the property.
-        certificate: a path in the run's folder; ``None`` in this version.
+        certificate: the record that was accepted, as bytes: see ``docs/certificate.md``.
         prediction: the class of the largest output at the centre, ``None`` if there is none.
         label: the sample's label, ``None`` for a specification without one.
         attacked: whether the prediction survived the attack; ``None`` without one.
@@ -42,7 +42,7 @@ class Verdict:
     reason: str
     seconds: float
     witness: np.ndarray | None = None
-    certificate: str | None = None
+    certificate: bytes | None = None
     prediction: int | None = None
     label: int | None = None
     attacked: bool | None = None

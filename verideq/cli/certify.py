@@ -45,6 +45,10 @@ def certify(
     radius: Annotated[
         bool, typer.Option("--radius", help="Also find the largest certified radius of every sample.")
     ] = False,
+    certificates: Annotated[bool, typer.Option("--certificates", help="Keep the certificates in the folder.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Believe the bounds without the independent checker; the table says so.")
+    ] = False,
     weights: Weights = None,
     batch_size: Annotated[int, typer.Option(help="Samples at a time; no verdict depends on it.", metavar="N")] = 64,
     threads: Threads = None,
@@ -63,6 +67,8 @@ def certify(
     chosen = parse_indices(indices, len(dataset)) if indices is not None else list(range(len(dataset)))
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: give 1 or more")
+    if certificates and no_check:
+        raise InputError("--certificates keeps what the checker has accepted: it does not go with --no-check")
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: give 1 or more")
     chosen = chosen[:limit]
@@ -70,8 +76,8 @@ def certify(
     if resume and out is None:
         raise InputError("--resume needs the folder of the run: --out DIR")
     folder = out or Path("runs") / f"{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    budget = Budget(method, attack, timeout=timeout, seed=seed, radius=radius)
-    run = Run(folder, network, name, questions, budget, batch_size, choose_device(device), sys.argv)
+    budget = Budget(method, attack, timeout=timeout, seed=seed, radius=radius, check=not no_check)
+    run = Run(folder, network, name, questions, budget, batch_size, choose_device(device), certificates, sys.argv)
     summary = _execute(run, resume, quiet=as_json)
     return _finish(summary, dataset, folder, as_json)
 
@@ -106,9 +112,18 @@ def _execute(run: Run, resume: bool, *, quiet: bool) -> dict[str, Any]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task("certifying", total=None)
-        return run.execute(resume=resume, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    bar = Progress(*columns, console=Console(stderr=True, emoji=False), disable=quiet)
+    task = bar.add_task("certifying", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # not before the folder is accepted: a refusal is one line and nothing else
+        bar.update(task, completed=done, total=total)
+
+    try:
+        return run.execute(resume=resume, progress=show)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _finish(summary: dict[str, Any], dataset: Dataset, folder: Path, as_json: bool) -> int:
@@ -119,7 +134,7 @@ def _finish(summary: dict[str, Any], dataset: Dataset, folder: Path, as_json: bo
     if as_json:
         typer.echo(json.dumps(summary))
     else:
-        console = Console()
+        console = Console(emoji=False)
         console.print(table(summary))
         console.print(f"{page}: the page; {folder / 'results.jsonl'}: a line a sample", highlight=False, soft_wrap=True)
     return 1 if any(result["error"] for result in summary["results"]) else 0

@@ -81,7 +81,7 @@ def predicted_steps(rate: float, tol: float = 1e-5) -> int:
 
 
 def _show(facts: dict[str, Any]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     if facts["unsupported"] is not None:
         console.print(f"{facts['model']}: not supported\n{facts['unsupported']}", markup=False)
         return
@@ -98,7 +98,8 @@ def _show(facts: dict[str, Any]) -> None:
             console.print(f"{layer['name']}: {layer['reason']}", markup=False)
         else:
             console.print(
-                f"{layer['name']}: {layer['units']} units, gauge of {layer['gauge']}, smallest slack {layer['smallest_slack']:.3g}, "
+                f"{layer['name']}: {layer['units']} units, gauge of {layer['gauge']}, "
+                f"smallest slack {layer['smallest_slack']:.3g}, "
                 f"contraction rate {layer['rate']:.4g}: about {layer['steps']} Picard steps to 1e-5 (worst case)",
                 markup=False,
             )

@@ -1,5 +1,7 @@
-"""The application, and how errors become exit codes: 0 done; 1 an ERROR verdict or an inconsistency; 2 the call was wrong;
-130 interrupted."""
+"""The application, and how errors become exit codes.
+
+0 done; 1 an ERROR verdict or an inconsistency; 2 the call was wrong; 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from rich.console import Console
 
 import verideq
 from verideq.cli.certify import certify
+from verideq.cli.check import check
 from verideq.cli.inspect import inspect
 from verideq.cli.report import report
 from verideq.cli.train import train
@@ -26,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (certify, inspect, train, report):
+for command in (certify, check, inspect, train, report):
     app.command()(command)
 
 
@@ -52,21 +55,31 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line; the exit code."""
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True, emoji=False)
+
+    def complain(message: object) -> None:
+        # One line, whatever a library put into its message.
+        errors.print("error:", *str(message).split(), style="red", markup=False, highlight=False)
+
     try:
         result = app(arguments, standalone_mode=False)
-        return result if isinstance(result, int) else 0
     except typer.Exit as stop:
-        return int(stop.exit_code)
+        result = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted; what was finished is kept: repeat the command with --resume", style="yellow")
-        return 130
+        result = 130
     except typer.TyperException as error:
-        errors.print(f"error: {error.format_message()}; see verideq --help", style="red", markup=False, highlight=False)
+        if message := error.format_message():  # none where help was printed
+            complain(f"{message.rstrip('.')}; see verideq --help")
         return 2
     except InputError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        complain(error)
+        return 2
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}; give a path that can be read and written")
         return 2
     except VerideqError as error:
-        errors.print(f"error: {type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        complain(f"{type(error).__name__}: {error}")
         return 1
+    if result == 130:  # typer makes this of an interruption inside a command
+        errors.print("interrupted; what was finished is kept: repeat the command with --resume", style="yellow")
+    return result if isinstance(result, int) else 0

@@ -30,8 +30,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard outpu
 
 
 def use_threads(threads: int | None) -> None:
-    """Set torch's threads. The default is the cores that the load average leaves free: on a busy machine two threads can be
-    many times slower than one."""
+    """Set torch's threads; the default is the cores that the load average leaves free.
+
+    On a busy machine two threads can be many times slower than one.
+    """
     if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -60,7 +62,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def read_model(model: str | None, weights: Path | None) -> tuple[nn.Module, str]:
-    """A model and its name from ``MODEL`` and ``--weights``: a model file, ``package.module:builder``, or the bundled one.
+    """A model and its name: from a model file, ``package.module:builder`` with ``--weights``, or the bundled one.
 
     Raises:
         ModelError: it cannot be had.
@@ -86,14 +88,17 @@ def read_model(model: str | None, weights: Path | None) -> tuple[nn.Module, str]
 def _build(module: str, name: str) -> nn.Module:
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        builder: Callable[[], object] = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
+        builder: Callable[[], object] | None = getattr(imported, name, None)
+        built = builder() if callable(builder) and not isinstance(builder, nn.Module) else builder
     except ImportError as error:
         raise ModelError(f"{module}:{name}: {error}; run the command where `import {module}` works") from error
-    except AttributeError:
-        raise ModelError(f"the module {module} has no {name!r}") from None
+    except Exception as error:  # the user's own code may raise anything
+        raise ModelError(f"{module}:{name} raised {type(error).__name__}: {error}; mend the builder") from error
     finally:
         sys.path.pop(0)
-    built = builder() if not isinstance(builder, nn.Module) else builder
+    if builder is None:
+        raise ModelError(f"the module {module} has no {name!r}")
     if not isinstance(built, nn.Module):
         raise ModelError(f"{module}:{name} gave a {type(built).__name__}; a builder returns a torch.nn.Module")
     return built.eval()

@@ -38,8 +38,8 @@ def train(
         return 0
     use_threads(threads)
     folder = out or Path("runs") / recipe.stem
-    trainer = Trainer(chosen, folder, choose_device(device))
-    console = Console(stderr=True, highlight=False, quiet=as_json)
+    trainer = Trainer(chosen, folder, choose_device(device), resume=resume)
+    console = Console(stderr=True, highlight=False, emoji=False, quiet=as_json)
     console.print(f"{len(trainer.labels)} samples, {trainer.steps} steps an epoch, {chosen.epochs} epochs; {folder}")
     last: dict[str, Any] = {}
 
@@ -50,7 +50,7 @@ def train(
             f"{line['train_error']:6.2%}  not certified {line['train_interval_error']:6.2%}  {line['seconds']:.1f} s"
         )
 
-    path = trainer.run(resume=resume, report=report)
+    path = trainer.run(report=report)
     if as_json:
         typer.echo(json.dumps({"model": str(path), **last}))
     else:

@@ -9,13 +9,11 @@ slack ``s = u - |W| u > 0``. Then, with ``q = max_i (|W|u)_i / u_i < 1``:
 3. any box that its interval extension maps into itself contains it, for all ``v`` of the box of injections.
 
 For ReLU all of this holds as well with ``(W̃, ṽ)``, every row solved for its own unknown, in place of ``(W, v)``; a
-gauge of
-``W̃`` is the non-Euclidean condition ``μ_{∞,u}(W) < 1`` (Jafarpour et al., NeurIPS 2021). A gauge of ``W`` is one of
-``W̃`` too: from ``|d| u + o < u`` follows ``o / (1 - d) < u``.
+gauge of ``W̃`` is the non-Euclidean condition ``μ_{∞,u}(W) < 1`` (Jafarpour et al., NeurIPS 2021). A gauge of ``W`` is
+one of ``W̃`` too: from ``|d| u + o < u`` follows ``o / (1 - d) < u``.
 
-For a convolution ``u`` is one number a channel, and ``|W|`` is summed over the taps of the kernel: the interior
-pixel is
-the worst one, whatever the padding and the size of the image, because every padding reads each tap at most once.
+For a convolution ``u`` is one number a channel, and ``|W|`` is summed over the taps of the kernel: the interior pixel
+is the worst one, whatever the padding and the size of the image, because every padding reads each tap at most once.
 """
 
 from __future__ import annotations
@@ -74,7 +72,8 @@ def slack(operator: Operator, u: Tensor) -> Tensor:
         )
     # Two roundings in the rows of W̃, the sum over the taps, the sum over the units.
     g = gamma(operator.terms + len(u))
-    pushed = (sums @ u).mul_(1 + g).add_(4 * TINY * (operator.terms + len(u)))
+    # What a sum or a row of W̃ loses to underflow is multiplied by u.
+    pushed = (sums @ u).mul_(1 + g).add_(4 * TINY * (operator.terms + len(u)) * (1 + float(u.max())))
     value = u - pushed
     value = value - (value.abs() + u) * 2.0**-52
     return torch.where(u > 0, value, torch.full_like(value, -torch.inf))

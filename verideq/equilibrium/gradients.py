@@ -1,9 +1,8 @@
 """Gradients of an equilibrium: implicit (exact) and phantom (truncated).
 
 **Implicit differentiation.** For ``z* = F(z*, θ)`` the gradient of a loss is ``∂F/∂θᵀ y``, where ``y`` solves the
-adjoint
-equation ``y = g + (∂F/∂z)ᵀ y``. Under a gauge that map contracts in ``Σ u_i |y_i|`` at the layer's own rate. Only the
-equilibrium is kept for the backward pass, so memory does not grow with the number of steps.
+adjoint equation ``y = g + (∂F/∂z)ᵀ y``. Under a gauge that map contracts in ``Σ u_i |y_i|`` at the layer's own rate.
+Only the equilibrium is kept for the backward pass, so memory does not grow with the number of steps.
 
 **Phantom gradient** (Geng et al., "On training implicit models", NeurIPS 2021). From the detached equilibrium, `steps`
 tracked iterations ``z <- (1-λ) z + λ F(z)`` and plain backpropagation through them.

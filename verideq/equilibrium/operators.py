@@ -60,7 +60,8 @@ class Operator(Protocol):
 
 def _own(weight: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """The weight without its own entries, rows divided by ``1 - own``; and the factors."""
-    solvable = own < 1
+    # Beyond 2^1000 the factor itself could be flushed to zero; such a row is left as it is, and has no gauge.
+    solvable = (own < 1) & (own > -(2.0**1000))
     factor = torch.where(solvable, 1 - own, torch.ones_like(own)).reciprocal()
     return torch.where(solvable, torch.zeros_like(own), own), factor
 

@@ -1,9 +1,9 @@
 """A model as a small graph of supported operations, and its file."""
 
-from verideq.graph.file import load_model, model_hash, refuse_pickle, save_model
+from verideq.graph.file import load_model, model_bytes, model_hash, refuse_pickle, save_model
 from verideq.graph.graph import INPUT, Graph, Node
-from verideq.graph.operations import OPERATIONS, Add, Normalize, Operation
-from verideq.graph.trace import evaluating, trace
+from verideq.graph.operations import OPERATIONS, Add, Normalize, Operation, evaluating
+from verideq.graph.trace import trace
 
 __all__ = [
     "INPUT",
@@ -15,6 +15,7 @@ __all__ = [
     "Operation",
     "evaluating",
     "load_model",
+    "model_bytes",
     "model_hash",
     "refuse_pickle",
     "save_model",

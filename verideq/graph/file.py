@@ -44,10 +44,11 @@ def save_model(
 
     Raises:
         UnsupportedOperation: the model cannot be traced.
-        ModelError: its weights hold NaN or infinity.
+        ModelError: its weights hold NaN or infinity, or are neither float32 nor float64.
     """
     graph = trace(model).check_finite()
     architecture, tensors = describe(graph)
+    _check_dtypes(tensors, Path(path))
     if input_shape is not None:
         architecture["input_shape"] = list(input_shape)
     if pixel_range is not None:
@@ -55,9 +56,19 @@ def save_model(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(save(tensors, metadata={KEY: _canonical(architecture)}))
+    partial.write_bytes(_encode(architecture, tensors))
     partial.replace(path)
     return _hash(architecture, tensors)
+
+
+def model_bytes(model: nn.Module) -> bytes:
+    """What `save_model` would write."""
+    return _encode(*describe(trace(model)))
+
+
+def _encode(architecture: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    data: bytes = save(tensors, metadata={KEY: _canonical(architecture)})
+    return data
 
 
 def load_model(path: str | Path) -> Graph:
@@ -67,10 +78,11 @@ def load_model(path: str | Path) -> Graph:
         a `Graph` in evaluation mode: a module like any other.
 
     Raises:
-        ModelError: the file is missing, truncated, foreign or a pickle (which is not opened), or its weights hold NaN or
-            infinity.
+        ModelError: the file is missing, truncated, foreign or a pickle (which is not opened), or its weights hold NaN
+            or infinity.
     """
-    architecture, tensors = _read(Path(path))
+    path = Path(path)
+    architecture, tensors = _read(path)
     try:
         nodes = [
             Node(
@@ -88,10 +100,11 @@ def load_model(path: str | Path) -> Graph:
             input_shape=None if shape is None else tuple(shape),
             pixel_range=None if pixels is None else (float(pixels[0]), float(pixels[1])),
         )
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ModelError(
-            f"{path} is not a model that this version can read: {type(error).__name__}: {error}"
-        ) from error
+    except ModelError as error:
+        raise ModelError(f"{path} is not a model that this version can read: {error}") from error
+    except Exception as error:  # what a damaged description makes torch raise has no common type
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelError(f"{path} is not a model that this version can read: {reason}") from error
     if tensors:
         raise ModelError(f"{path} holds tensors that no operation uses: {', '.join(sorted(tensors))}")
     try:
@@ -158,9 +171,13 @@ def refuse_pickle(path: Path) -> None:
         raise ModelError(f"there is no model file {path}")
     if path.is_dir():
         raise ModelError(f"{path} is a folder; give the model file in it")
-    with path.open("rb") as stream:
-        head = stream.read(4)
-    if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(9)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    # A safetensors file begins with the length of its header, whose lowest byte may be 0x80 too, and goes on with "{".
+    if head.startswith(b"PK\x03\x04") or (head.startswith(b"\x80") and head[8:] != b"{"):
         raise ModelError(
             f"{path} is a pickle, which may run code when it is loaded, and was not opened. Save a model with "
             "verideq.save_model, or pass a state dict by --weights beside a package.module:builder"
@@ -183,13 +200,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         architecture = json.loads(metadata[KEY])
         version = architecture["format"]
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ModelError(f"{path}: its architecture cannot be read: {error}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelError(f"{path}: its architecture cannot be read: {type(error).__name__}: {error}") from error
     if version != FORMAT:
         raise ModelError(f"{path} has format {version}; this version reads format {FORMAT}: install a newer verideq")
-    floating = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
-    if floating:
-        raise ModelError(f"{path}: the tensors {', '.join(sorted(floating))} are not floating point")
-    if any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors.values()):
-        raise ModelError(f"{path}: weights are float32 or float64; convert the model first")
+    _check_dtypes(tensors, path)
     return architecture, tensors
+
+
+def _check_dtypes(tensors: dict[str, Tensor], path: Path) -> None:
+    for name in sorted(tensors):
+        if tensors[name].dtype not in (torch.float32, torch.float64):
+            dtype = str(tensors[name].dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{path}: the tensor {name} is {dtype}; weights are float32 or float64: model.float() first"
+            )

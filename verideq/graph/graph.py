@@ -148,8 +148,8 @@ class Graph(nn.Module):
                 if bool(bad.any()):
                     index = tuple(bad.nonzero()[0].tolist())
                     raise ModelError(
-                        f"{node.name}.{name}{list(index)} is {float(tensor[index])}; a model with NaN or infinite weights "
-                        "computes nothing: train it again or repair the file"
+                        f"{node.name}.{name}{list(index)} is {float(tensor[index])}; a model with NaN or infinite "
+                        "weights computes nothing: train it again or repair the file"
                     )
         return self
 
@@ -170,20 +170,23 @@ class Graph(nn.Module):
         given = tuple(x.shape[1:])
         if self.input_shape is not None and given != tuple(self.input_shape):
             raise ModelError(f"the model takes inputs of shape {tuple(self.input_shape)}, the data have {given}")
-        values: dict[str, Any] = {INPUT: torch.zeros((1, *given), dtype=self.dtype, device=x.device)}
+        stored = next((t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()), x)
+        values: dict[str, Any] = {INPUT: torch.zeros((1, *given), dtype=stored.dtype, device=stored.device)}
         for node in self.nodes:
             arguments = [values[name] for name in node.inputs]
+            layer = node.module
             try:
                 with torch.no_grad():
-                    single = isinstance(node.module, Equilibrium)
-                    values[node.name] = node.module.operator().apply(*arguments) if single else node.module(*arguments)
-                if single and values[node.name].shape != arguments[0].shape:
+                    result = layer.operator().apply(*arguments) if isinstance(layer, Equilibrium) else layer(*arguments)
+                if isinstance(layer, Equilibrium) and result.shape != arguments[0].shape:
                     raise RuntimeError("its state and its injection differ in shape")
-            except (RuntimeError, IndexError, ValueError) as error:
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 shapes = ", ".join(str(tuple(a.shape[1:])) for a in arguments)
-                first = str(error).splitlines()[0]
+                first = str(error).partition("\n")[0]
                 raise ModelError(
-                    f"inputs of shape {given} do not fit the model: {node.name} ({node.operation.kind}) got {shapes}: {first}"
+                    f"inputs of shape {given} do not fit the model: {node.name} ({node.operation.kind}) got {shapes}: "
+                    f"{first}"
                 ) from error
+            values[node.name] = result
         output: Tensor = values[self.nodes[-1].name]
         return tuple(output.shape[1:])

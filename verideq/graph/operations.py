@@ -6,7 +6,8 @@ add one: a line in `OPERATIONS`, a rule in `verideq.certify.interval`, a case in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,18 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from verideq.equilibrium import Equilibrium
 from verideq.errors import ModelError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module's own mode comes back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class Normalize(nn.Module):
@@ -89,7 +102,7 @@ class Operation:
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of an instance, materialised: parametrizations evaluated, in the stored dtype."""
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(module):  # some parametrizations move their weight while they train
             values = {name: getattr(module, name) for name in self.tensors}
         return {name: value.detach() for name, value in values.items() if value is not None}
 
@@ -111,17 +124,20 @@ class Operation:
                 module = self.build(arguments, tensors) if self.build else self.module(**arguments)
             _set(module, self.tensors, tensors)
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"{self.kind} cannot be built from its description: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"{self.kind} cannot be built from its description: {reason}") from error
         return module.eval()
 
 
 def _set(module: nn.Module, names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> None:
-    """Replace the module's tensors, checking shapes; what is not given becomes ``None``."""
+    """Replace the module's tensors, checking shapes; a bias that is not given becomes ``None``."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner, value = module.get_submodule(path), tensors.get(name)
         current = getattr(owner, leaf)
         if value is None:
+            if current is not None and leaf != "bias":
+                raise ValueError(f"{name} is missing")
             setattr(owner, leaf, None)
             continue
         if current is not None and current.shape != value.shape:
@@ -172,7 +188,7 @@ class _EquilibriumOperation(Operation):
         return {"activation": "relu", "fusion": {"operation": inner.kind, "attributes": inner.describe(fusion)}}
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(module):
             weight: Tensor = module.get_submodule("fusion").weight  # type: ignore[assignment]  # a weight is a tensor
         return {"fusion.weight": weight.detach()}
 
@@ -235,6 +251,6 @@ def parametrizations_of(module: nn.Module) -> list[str]:
     names: list[str] = []
     for part in module.modules():
         if is_parametrized(part):
-            for chain in part.parametrizations.values():  # type: ignore[union-attr, operator]  # a ModuleDict there
+            for chain in part.parametrizations.values():  # type: ignore[operator]  # a ModuleDict there
                 names += [type(parametrization).__name__ for parametrization in chain]
     return names

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,18 @@ from torch import fx, nn
 from verideq.equilibrium import Equilibrium
 from verideq.errors import UnsupportedOperation
 from verideq.graph.graph import INPUT, Graph, Node
-from verideq.graph.operations import OPERATIONS, Add, Normalize, operation_of
+from verideq.graph.operations import OPERATIONS, Add, Normalize, evaluating, operation_of
 
 _TORCH = str(Path(torch.__file__).parent)
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)
+"""In evaluation mode."""
+
+
+class _Proxy(fx.Proxy):
+    """Records ``a += b`` as what it is; a plain proxy records ``a + b``, and other names of ``a`` keep their value."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
@@ -30,20 +38,11 @@ class _Tracer(fx.Tracer):
 
     record_stack_traces = True
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (Equilibrium, Normalize, Add)) or super().is_leaf_module(m, module_qualified_name)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own mode comes back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def trace(model: nn.Module) -> Graph:
@@ -55,39 +54,54 @@ def trace(model: nn.Module) -> Graph:
         model: a module of one tensor to one tensor, made of supported operations.
 
     Raises:
-        UnsupportedOperation: an operation that no bound is known for, by name and place, with the list of those that are
-            supported.
+        UnsupportedOperation: an operation that no bound is known for, by name and place, with the list of those that
+            are supported.
     """
     if isinstance(model, Graph):
         return model
     with evaluating(model):
-        nodes, _ = _trace(model, "", INPUT, set())
+        nodes, output = _trace(model, "", INPUT, set())
     return Graph(
-        nodes,
+        _needed(nodes, output),
         input_shape=getattr(model, "input_shape", None),
         pixel_range=getattr(model, "pixel_range", (0.0, 1.0)),
     )
 
 
+def _needed(nodes: list[Node], output: str) -> list[Node]:
+    """The nodes that the output depends on: it becomes the last one, whatever a forward computes beside it."""
+    wanted, kept = {output}, []
+    for node in reversed(nodes):
+        if node.name in wanted:
+            wanted.update(node.inputs)
+            kept.append(node)
+    return kept[::-1]
+
+
 def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple[list[Node], str]:
     """The nodes of `model`, which reads `source`; and the name of its output."""
-    if operation_of(model) is not None and not isinstance(model, Equilibrium):
-        return _leaf(model, prefix, (source,), names)  # a bare module, with nothing inside to trace
-    if isinstance(model, nn.Identity):
-        return [], source
+    if prefix and operation_of(model) is not None and getattr(model, "inplace", False):
+        raise _overwrites(prefix)
     if isinstance(model, Equilibrium):
         return _equilibrium(model, prefix, source, names)
+    if operation_of(model) is not None:
+        return _leaf(model, prefix, (source,), names)  # a bare module, with nothing inside to trace
+    _refuse_hooks(model, prefix or "the model")
+    if type(model) in _IDENTITIES:
+        return [], source
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+    except Exception as error:  # a user's forward, run on proxies, may raise anything
         raise UnsupportedOperation(
-            f"{prefix or 'the model'} ({type(model).__name__}) cannot be traced: {error}. Its forward may use supported "
-            f"operations only, and no control flow that depends on data. {_supported()}"
+            f"{prefix or 'the model'} ({type(model).__name__}) cannot be traced: {error}. Its forward may use "
+            f"supported operations only, and no control flow that depends on data. {_supported()}"
         ) from error
     nodes: list[Node] = []
     values: dict[fx.Node, str] = {}
+    memory = _Memory(prefix)
     for item in graph.nodes:
+        memory.check(item)
         place = ".".join(filter(None, (prefix, str(item.target)))) if item.op == "call_module" else prefix
         if item.op == "placeholder":
             if values:
@@ -95,6 +109,7 @@ def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple
                     f"{prefix or 'the model'} takes more than one input ({item.target}); models take one"
                 )
             values[item] = source
+            memory.add(item, shares=False)
         elif item.op == "output":
             (result,) = item.args
             if result not in values:
@@ -102,9 +117,10 @@ def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple
             return nodes, values[result]
         elif item.op == "call_module":
             child = model.get_submodule(str(item.target))
-            # Evaluation mode turns dropout into the identity.
-            if isinstance(child, (nn.Identity, nn.Dropout, nn.Dropout2d)):
+            if type(child) in _IDENTITIES:
+                _refuse_hooks(child, place)
                 values[item] = _inputs(item, values, place, 1)[0]
+                memory.add(item, shares=True)
                 continue
             inputs = _inputs(item, values, place, 2 if isinstance(child, Add) else 1)
             more, values[item] = (
@@ -113,6 +129,7 @@ def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple
                 else _leaf(child, place, inputs, names)
             )
             nodes += more
+            memory.add(item, shares=isinstance(child, nn.Flatten), overwrites=getattr(child, "inplace", False))
         elif item.op in ("call_function", "call_method"):
             if _is_shape(item):
                 continue  # read by a view alone, which checks it
@@ -122,20 +139,72 @@ def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple
             inputs = _inputs(item, values, prefix, 2 if isinstance(module, Add) else 1)
             more, values[item] = _leaf(module, f"{prefix}.{item.name}" if prefix else item.name, inputs, names)
             nodes += more
+            memory.add(item, shares=isinstance(module, nn.Flatten), overwrites=_in_place(item))
         else:
             raise _unsupported(item, prefix)
     raise UnsupportedOperation(f"{prefix or 'the model'} returns nothing")
+
+
+class _Memory:
+    """Which values of a trace share memory: in single assignment nothing may read what was overwritten.
+
+    Args:
+        prefix: the place of the traced module; inside another one, its input is not its own to overwrite.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.owner: dict[fx.Node, fx.Node] = {}
+        self.stale: set[fx.Node] = set()
+
+    def check(self, item: fx.Node) -> None:
+        """Refuse an item that reads an overwritten value."""
+        if not self.stale.isdisjoint(item.all_input_nodes):
+            raise _overwrites(self.prefix, _where(item))
+
+    def add(self, item: fx.Node, *, shares: bool, overwrites: bool = False) -> None:
+        """Note a new value; `shares`: it may be a view of the first value that it reads."""
+        if not (shares or overwrites):
+            self.owner[item] = item
+            return
+        owner = self.owner[item] = self.owner[item.all_input_nodes[0]]
+        if overwrites:
+            if owner.op == "placeholder" and self.prefix:
+                raise _overwrites(self.prefix, _where(item))
+            self.stale |= {value for value, of in self.owner.items() if of is owner and value is not item}
+
+
+def _overwrites(prefix: str, where: str = "") -> UnsupportedOperation:
+    return UnsupportedOperation(
+        f"{prefix or 'the model'}: a value is read after an operation has overwritten it in place{where}, which is not "
+        f"supported; use inplace=False, or a = a + b. {_supported()}"
+    )
+
+
+def _in_place(item: fx.Node) -> bool:
+    if item.target is F.relu:
+        return bool((*item.args, item.kwargs.get("inplace", False))[1])
+    return item.target in (operator.iadd, torch.relu_, "relu_", "add_")
+
+
+def _refuse_hooks(module: nn.Module, place: str) -> None:
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise UnsupportedOperation(
+            f"{place}: {type(module).__name__} is not supported here: it has forward hooks or a replaced forward, "
+            f"which may compute anything. {_supported()}"
+        )
 
 
 def _leaf(module: nn.Module, place: str, inputs: tuple[str, ...], names: set[str]) -> tuple[list[Node], str]:
     operation = operation_of(module)
     if operation is None:
         raise UnsupportedOperation(f"{place}: {type(module).__name__} is not supported. {_supported()}")
+    _refuse_hooks(module, place or "the model")
     refused = operation.refuse(module)
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        refused = "it has forward hooks or a replaced forward, which may compute anything"
     if refused:
-        raise UnsupportedOperation(f"{place}: {operation.kind} is not supported here: {refused}")
+        raise UnsupportedOperation(
+            f"{place or 'the model'}: {operation.kind} is not supported here: {refused}. {_supported()}"
+        )
     name, count = place or operation.kind, 1
     while name in names or name == INPUT:
         count += 1
@@ -179,9 +248,11 @@ def _is_shape(item: fx.Node) -> bool:
 def _is_batch_size(value: object) -> bool:
     if not isinstance(value, fx.Node) or not _is_shape(value):
         return False
-    return (value.target == "size" and value.args[1:] == (0,)) or (
-        value.target is operator.getitem and value.args[1] == 0 and isinstance(value.args[0], fx.Node)
-    )
+    if value.target == "size":
+        return value.args[1:] == (0,)
+    # Of the whole shape: x.shape[1:][0] is no batch.
+    whole = isinstance(value.args[0], fx.Node) and value.args[0].target in (getattr, "size")
+    return bool(value.target is operator.getitem and value.args[1] == 0 and whole)
 
 
 def _arguments(item: fx.Node, **defaults: Any) -> dict[str, Any] | None:
@@ -208,7 +279,7 @@ def _flatten(item: fx.Node) -> nn.Module | None:
 def _view(item: fx.Node) -> nn.Module | None:
     """``x.view(x.size(0), -1)`` and its relatives."""
     sizes = item.args[1] if len(item.args) == 2 and isinstance(item.args[1], (tuple, list)) else item.args[1:]
-    keeps = len(sizes) == 2 and _is_batch_size(sizes[0]) and sizes[1] == -1  # type: ignore[index, arg-type]  # a tuple here
+    keeps = len(sizes) == 2 and _is_batch_size(sizes[0]) and sizes[1] == -1
     return nn.Flatten() if keeps else None
 
 

@@ -14,7 +14,7 @@ from verideq.errors import UnknownName
 from verideq.parametrizations import IBPMonDEQ
 
 
-def linear_deq(input_shape: tuple[int, ...], classes: int, *, width: int = 128, m: float = 0.1) -> nn.Module:
+def linear_deq(input_shape: tuple[int, ...], classes: int, *, width: int = 128, m: float = 0.1) -> nn.Sequential:
     """Flatten, one dense equilibrium of `width` units with an IBP-MonDEQ ``W``, a linear classifier."""
     fusion = IBPMonDEQ.apply(nn.Linear(width, width, bias=False), m=m)
     return nn.Sequential(
@@ -24,9 +24,10 @@ def linear_deq(input_shape: tuple[int, ...], classes: int, *, width: int = 128, 
 
 def conv_deq(
     input_shape: tuple[int, ...], classes: int, *, width: int = 32, m: float = 0.1, stride: int = 2, pool: int = 1
-) -> nn.Module:
-    """One convolutional equilibrium of `width` channels, as DEQ-3 of Wei & Kolter: batch norm on the injection and on the
-    equilibrium, average pooling, a linear classifier.
+) -> nn.Sequential:
+    """One convolutional equilibrium of `width` channels, as DEQ-3 of Wei & Kolter.
+
+    Batch norm on the injection and on the equilibrium, average pooling, a linear classifier.
 
     Args:
         input_shape: (channels, height, width).
@@ -51,11 +52,11 @@ def conv_deq(
     )
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"linear-deq": linear_deq, "conv-deq": conv_deq}
+ARCHITECTURES: dict[str, Callable[..., nn.Sequential]] = {"linear-deq": linear_deq, "conv-deq": conv_deq}
 """Every architecture by name."""
 
 
-def architecture_named(name: str) -> Callable[..., nn.Module]:
+def architecture_named(name: str) -> Callable[..., nn.Sequential]:
     """The builder, or `UnknownName` with the list."""
     if name not in ARCHITECTURES:
         raise UnknownName("architecture", name, ARCHITECTURES)

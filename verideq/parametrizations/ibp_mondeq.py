@@ -22,9 +22,8 @@ class IBPMonDEQ(Parametrization):
     equilibrium is unique, and interval bounds are a second equilibrium of the same kind.
 
     ``D`` has one entry a unit; for a convolution one a channel, from the absolute sums over the taps of an interior
-    pixel
-    (a border pixel has smaller sums, so the theorem holds there as well). A unit whose row and column are both zero
-    takes ``D = 1``, which leaves them zero.
+    pixel. Then ``ρ(|W|) <= 1-m`` under every padding; the symmetric part is bounded for zero and circular padding only.
+    A unit whose row and column are both zero takes ``D = 1``, which leaves them zero.
 
     Args:
         m: the strength of monotonicity, in (0, 1). A buffer: a schedule may assign it.

@@ -173,16 +173,19 @@ def _float_guess(W: np.ndarray, v: np.ndarray) -> tuple[bool, ...]:
     factor = 1 / np.where(np.diag(matrix) < 1, 1 - np.diag(matrix), 1)
     off = (matrix - np.diag(np.diag(matrix))) * factor[:, None]
     z = np.zeros(len(v))
-    for _ in range(50):
+    for _ in range(10):
         z = np.maximum(off @ z + right * factor, 0)
+    identity, active = np.eye(len(v)), matrix @ z + right > 0
     for _ in range(20):
-        active = matrix @ z + right > 0
-        system = np.eye(len(v)) - matrix * active[:, None]
+        last = active
         try:
-            z = np.linalg.solve(system, right * active)
+            z = np.linalg.solve(identity - matrix * active[:, None], right * active)
         except np.linalg.LinAlgError:
             break
-    return tuple((matrix @ z + right > 0).tolist())
+        active = matrix @ z + right > 0
+        if bool((active == last).all()):
+            break
+    return tuple(active.tolist())
 
 
 def _with_active(W: np.ndarray, v: np.ndarray, active: tuple[bool, ...]) -> np.ndarray | None:
@@ -274,7 +277,8 @@ def _apply(kind: str, module: Any, matrix: np.ndarray, x: np.ndarray) -> np.ndar
     y: np.ndarray = np.tensordot(matrix, x, axes=x.ndim)
     if module.bias is None:
         return y
-    return y + exact(module.bias).reshape(-1, *[1] * (y.ndim - 1))
+    y = y + exact(module.bias).reshape(-1, *[1] * (y.ndim - 1))
+    return y
 
 
 def _normalize(module: Any, x: np.ndarray) -> np.ndarray:
@@ -307,7 +311,7 @@ _RULES: dict[str, Callable[..., np.ndarray]] = {
     "avg_pool2d": _average,
     "adaptive_avg_pool2d": _average,
     "max_pool2d": _maximum,
-    "flatten": lambda module, x: x.reshape(-1),
+    "flatten": lambda module, x: np.ravel(x),
     "add": lambda module, a, b: a + b,
 }
 

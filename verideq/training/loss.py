@@ -22,8 +22,8 @@ class TrainingArithmetic(Arithmetic):
     """The rules of the interval bound in plain arithmetic: any dtype, with gradients, rounding ignored. No proof.
 
     Args:
-        clean: the values of the clean pass by node name: batch norm takes its statistics from them while it trains, for the
-            clean branch and the bounds alike.
+        clean: the values of the clean pass by node name: batch norm takes its statistics from them while it trains,
+            for the clean branch and the bounds alike.
     """
 
     def __init__(self, clean: Mapping[str, Tensor]) -> None:
@@ -55,8 +55,8 @@ class TrainingArithmetic(Arithmetic):
 def margins(features: Box, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Lower bounds of ``f_y - f_j`` for ``f = V z + b`` and ``z`` in a box: (batch, classes), zero at the label.
 
-    The radius of a margin is ``|V_y - V_j| r``: for all pairs of classes one product with ``K (K-1) / 2`` rows, instead of
-    a (batch, K, features) tensor.
+    The radius of a margin is ``|V_y - V_j| r``: for all pairs of classes one product with ``K (K-1) / 2`` rows, instead
+    of a (batch, K, features) tensor.
 
     Args:
         features: (batch, features).

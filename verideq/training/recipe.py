@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -64,16 +65,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         accepted = inspect.signature(architecture_named(self.architecture)).parameters.values()
-        sizes = [p.name for p in accepted if p.kind is p.KEYWORD_ONLY]
-        for key in self.options:
+        sizes = {p.name: type(p.default) for p in accepted if p.kind is p.KEYWORD_ONLY}
+        for key, value in self.options.items():
             if key not in sizes:
                 raise RecipeError(f"options.{key}: {self.architecture} has no such option; it has {', '.join(sizes)}")
+            if not _typed(f"options.{key}", value, sizes[key]) > 0:
+                raise RecipeError(f"options.{key}: expected a number above 0; got {value!r}")
         parse_eps(self.eps)
         at_least = {"epochs": 1, "natural_epochs": 0, "ramp_epochs": 0, "batch_size": 1, "max_steps": 1, "seed": 0}
         for key, least in at_least.items():
             self._need(key, getattr(self, key) >= least, f"{least} or more")
         for key in ("learning_rate", "gradient_clip", "tol", "backward_tol"):
             self._need(key, 0 < getattr(self, key) < float("inf"), "a positive number")
+        self._need("seed", self.seed < 2**32, "a seed below 2**32")
         self._need("decay_factor", 0 < self.decay_factor <= 1, "a number in (0, 1]")
         self._need("clean_weight", 0 <= self.clean_weight <= 1, "a number in [0, 1]")
         self._need("decay_epochs", all(e >= 1 for e in self.decay_epochs), "epochs of 1 or more")
@@ -105,8 +109,8 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """A recipe from a TOML file, with settings ``key=value`` on top (``options.width=64`` for a table's key).
 
     Raises:
-        RecipeError: the file cannot be read; a key that does not exist (the message names the nearest one); a value of the
-            wrong type or out of range.
+        RecipeError: the file cannot be read; a key that does not exist (the message names the nearest one); a value of
+            the wrong type or out of range.
     """
     path = Path(path)
     try:
@@ -125,7 +129,9 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
             value = text  # a bare word is a string
         table, dot, inner = key.strip().partition(".")
         if dot:
-            values.setdefault(table, {})[inner] = value
+            if not isinstance(values.setdefault(table, {}), dict):
+                raise RecipeError(f"--set {setting!r}: {table} is no table")
+            values[table][inner] = value
         else:
             values[table] = value
     try:
@@ -170,7 +176,7 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
 
 def _toml(value: Any) -> str:
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False)  # the escapes of JSON are those of TOML
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return str(value).lower() if isinstance(value, bool) else repr(value)

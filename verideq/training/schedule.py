@@ -6,8 +6,8 @@ from __future__ import annotations
 def eps_at(step: int, *, natural: int, ramp: int, final: float) -> float:
     """The radius at a step: 0, then a smooth start and a straight line up to `final`.
 
-    With ``T`` ramp steps and ``p = T / 4``: ``a s⁴`` for the first ``p`` steps, then linear; value and slope agree where the two
-    meet (the "smoothed" schedule of auto_LiRPA, which Shi et al. and Wei & Kolter train with).
+    With ``T`` ramp steps and ``p = T / 4``: ``a s⁴`` for the first ``p`` steps, then linear; value and slope agree
+    where the two meet (the "smoothed" schedule of auto_LiRPA, which Shi et al. and Wei & Kolter train with).
 
     Args:
         step: from 0.

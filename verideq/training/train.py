@@ -18,7 +18,7 @@ import verideq
 from verideq.box import Box
 from verideq.data import Dataset, load
 from verideq.equilibrium import Auto, Equilibrium, Implicit
-from verideq.errors import ResumeError
+from verideq.errors import ParametrizationError, RecipeError, ResumeError
 from verideq.graph import Normalize, save_model, trace
 from verideq.models.zoo import architecture_named, ibp_initialise
 from verideq.training.loss import certified_loss
@@ -31,31 +31,47 @@ Epoch = dict[str, Any]
 def build(recipe: Recipe, data: Dataset) -> nn.Sequential:
     """The recipe's model with freshly drawn weights: the seed decides them."""
     torch.manual_seed(recipe.seed)
-    model = architecture_named(recipe.architecture)(data.input_shape, data.classes, **recipe.options)
+    try:
+        model = architecture_named(recipe.architecture)(data.input_shape, data.classes, **recipe.options)
+    except (ParametrizationError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"{recipe.architecture} cannot be built for inputs of shape {data.input_shape}: {error}; see [options]"
+        ) from error
     ibp_initialise(model)
     for module in model.modules():
         if isinstance(module, Equilibrium):
             module.solver = Auto(recipe.tol, recipe.max_steps)
             module.gradient = Implicit(Auto(recipe.backward_tol, recipe.max_steps))
-    return (
-        nn.Sequential(Normalize(list(recipe.mean), list(recipe.std)), *model) if recipe.mean else nn.Sequential(*model)
-    )
+    return nn.Sequential(Normalize(list(recipe.mean), list(recipe.std)), *model) if recipe.mean else model
 
 
 class Trainer:
     """One training run in one folder.
 
-    The folder gets ``recipe.toml``, ``log.jsonl`` (a line an epoch), ``checkpoint.safetensors`` (free tensors, Adam's state,
-    the epoch) and in the end ``model.safetensors``.
+    The folder gets ``recipe.toml``, ``log.jsonl`` (a line an epoch), ``checkpoint.safetensors`` (free tensors, Adam's
+    state, the epoch) and in the end ``model.safetensors``.
 
     Args:
         recipe: what to do.
         folder: made if it is not there.
         device: where to train.
         data: the training split; ``None``: the recipe's.
+        resume: go on from the folder's checkpoint.
+
+    Raises:
+        RecipeError: the recipe's sizes do not fit the data.
+        ResumeError: the folder holds a run and `resume` is not set, or it is a run of another recipe.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, device: torch.device, data: Dataset | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        device: torch.device,
+        data: Dataset | None = None,
+        *,
+        resume: bool = False,
+    ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, device
         self.data = load(recipe.data, "train") if data is None else data
         self.model = build(recipe, self.data).to(device)
@@ -66,29 +82,27 @@ class Trainer:
         self.batch_size = min(recipe.batch_size, len(self.labels))
         self.steps = len(self.labels) // self.batch_size
         self.epoch = 0
+        if self.checkpoint.exists():
+            if not resume:
+                raise ResumeError(f"{folder} holds a training run; pass --resume to go on with it, or another --out")
+            self._restore(self.checkpoint)
 
-    def run(self, *, resume: bool = False, report: Callable[[Epoch], None] = lambda epoch: None) -> Path:
+    @property
+    def checkpoint(self) -> Path:
+        """The file that an interrupted run goes on from."""
+        return self.folder / "checkpoint.safetensors"
+
+    def run(self, *, report: Callable[[Epoch], None] = lambda epoch: None) -> Path:
         """Train to the end and write the model.
 
         Args:
-            resume: go on from the folder's checkpoint.
             report: called with every epoch's line.
 
         Returns:
             the path of the model file.
-
-        Raises:
-            ResumeError: the folder holds a run and `resume` is not set, or it is a run of another recipe.
         """
-        checkpoint, log = self.folder / "checkpoint.safetensors", self.folder / "log.jsonl"
-        lines: list[str] = []
-        if checkpoint.exists():
-            if not resume:
-                raise ResumeError(
-                    f"{self.folder} holds a training run; pass --resume to go on with it, or another --out"
-                )
-            self._restore(checkpoint)
-            lines = log.read_text(encoding="utf-8").splitlines()[: self.epoch]
+        log = self.folder / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines()[: self.epoch] if log.exists() else []
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "recipe.toml").write_text(self.recipe.toml(), encoding="utf-8")
         log.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -97,10 +111,12 @@ class Trainer:
             self.epoch += 1
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
-            self._save(checkpoint)
+            self._save(self.checkpoint)
             report(line)
         path = self.folder / "model.safetensors"
-        save_model(self.model.cpu(), path, input_shape=self.data.input_shape, pixel_range=self.data.clip)
+        # As attributes, because here "no range" is a range to record.
+        self.model.input_shape, self.model.pixel_range = self.data.input_shape, self.data.clip  # type: ignore[assignment]  # torch types attributes as modules or tensors
+        save_model(self.model.cpu(), path)
         return path
 
     def _train_epoch(self) -> Epoch:

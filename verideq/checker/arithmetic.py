@@ -1,0 +1,194 @@
+"""The inclusion principle, in two arithmetics.
+
+**Principle.** If ``x`` lies in ``[lo, hi]`` then ``f(x)`` lies in what `f`'s rule returns. Everything that the
+checker says follows from that, rule by rule. `Float` keeps it with outward-rounded float64; `Exact` with rational
+numbers, for audits. An interval is a pair of arrays ``(lo, hi)`` of one shape, whose first axis is the batch.
+
+`Float` uses the standard bound for a sum of ``n`` products in any order, with or without fused multiply-add,
+
+    |fl(aᵀb) - aᵀb|  <=  γ |a|ᵀ|b| + underflow,      γ = (n + k) u / (1 - (n + k) u),   u = 2⁻⁵³
+
+(Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1), where ``k`` covers the few roundings around
+the sum. An operand or a result below ``2⁻¹⁰²²`` may be flushed to zero, so each product may lose ``2⁻¹⁰²² (1 + |a| +
+|b|)`` more.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import isqrt
+from typing import Any
+
+import numpy as np
+
+Array = Any
+"""A numpy array of float64, or of `Fraction` objects: numpy's types cannot say so."""
+Interval = tuple[Array, Array]
+
+TINY = 2.0**-1022
+SLACK = 16
+"""Roundings around a sum that are covered without counting them one by one."""
+
+
+def gamma(terms: int) -> float:
+    """An upper bound of ``γ`` for sums of `terms` products, twice what the theorem asks for."""
+    if terms > 2**30:
+        raise ValueError(f"a sum of {terms} terms is too long to bound")
+    return (terms + SLACK) * 2.0**-52
+
+
+class Float:
+    """Outward-rounded float64."""
+
+    zero: Any = 0.0
+    one: Any = 1.0
+
+    @staticmethod
+    def exactly(stored: Array) -> Array:
+        """Stored numbers as they are: float32 is float64 exactly."""
+        return stored.astype(np.float64)
+
+    @staticmethod
+    def rational(value: Fraction) -> tuple[Any, Any]:
+        """The nearest float64 on either side of a rational."""
+        near = float(value)
+        return (
+            near if Fraction(near) <= value else float(np.nextafter(near, -np.inf)),
+            near if Fraction(near) >= value else float(np.nextafter(near, np.inf)),
+        )
+
+    @staticmethod
+    def down(x: Array) -> Array:
+        """A number below the exact result that rounded to `x`."""
+        return np.nextafter(x, -np.inf) - TINY
+
+    @staticmethod
+    def up(x: Array) -> Array:
+        """A number above it."""
+        return np.nextafter(x, np.inf) + TINY
+
+    def add(self, a: Interval, b: Interval) -> Interval:
+        """``a + b``."""
+        return self.down(a[0] + b[0]), self.up(a[1] + b[1])
+
+    def subtract(self, a: Interval, b: Interval) -> Interval:
+        """``a - b``."""
+        return self.down(a[0] - b[1]), self.up(a[1] - b[0])
+
+    def multiply(self, a: Interval, b: Interval) -> Interval:
+        """``a * b`` for intervals of any sign."""
+        products = [x * y for x in a for y in b]
+        return self.down(np.minimum.reduce(products)), self.up(np.maximum.reduce(products))
+
+    def divide(self, a: Interval, b: Interval) -> Interval:
+        """``a / b`` for a positive ``b``."""
+        require((b[0] > 0).all(), "a divisor is not positive")
+        quotients = [x / y for x in a for y in b]
+        return self.down(np.minimum.reduce(quotients)), self.up(np.maximum.reduce(quotients))
+
+    def root(self, a: Interval) -> Interval:
+        """``√a`` for a positive ``a``; the square root is correctly rounded."""
+        require((a[0] > 0).all(), "a variance plus eps is not positive")
+        return np.maximum(self.down(np.sqrt(a[0])), 0.0), self.up(np.sqrt(a[1]))
+
+    def compose(self, a: Array, b: Array) -> tuple[Array, Array | None]:
+        """``a @ b`` rounded, and a bound of the error of every entry."""
+        g, size = gamma(a.shape[-1]), np.abs(a) @ np.abs(b)
+        largest = 2 + np.abs(a).max(initial=0.0) + np.abs(b).max(initial=0.0)
+        return a @ b, g * (1 + g) * size + 8 * TINY * (a.shape[-1] + SLACK) * largest
+
+    def affine(self, x: Interval, matrix: Array, shift: Interval, error: Array | None = None) -> Interval:
+        """``A x + b``: ``x`` (..., n), the matrix (n, m) or one a sample (batch, n, m), the shift broadcastable to
+        (..., m).
+
+        The true ``A`` may differ from the matrix by `error`, entry by entry. With centre ``c`` and radius ``r`` of
+        ``x``: ``|A x - fl(A c)| <= |A| (r + γ (|c| + r)) + underflow``.
+        """
+        lo, hi = x
+        n = matrix.shape[-2]
+        g = gamma(n)
+        center = 0.5 * lo + 0.5 * hi
+        radius = np.maximum(hi - center, center - lo) * (1 + 2.0**-50) + 4 * TINY
+        size = np.abs(matrix)
+        moved = (radius * (1 + g) + g * np.abs(center)) @ size
+        if error is not None:
+            moved = moved + (np.abs(center) + radius) * (1 + g) @ error
+        largest = 2 + size.max(initial=0.0) + np.abs(center).max(initial=0.0) + radius.max(initial=0.0)
+        moved = moved * (1 + g) + 8 * TINY * (n + SLACK) * largest
+        image = center @ matrix
+        image = np.where(np.isfinite(image), image, np.nan)  # an overflow on the way says nothing about the sum
+        return self.add((self.down(image - moved), self.up(image + moved)), shift)
+
+
+class Exact:
+    """Rational numbers: nothing is rounded but square roots, which are bracketed to 200 bits."""
+
+    BITS = 200
+    zero: Any = Fraction(0)
+    one: Any = Fraction(1)
+
+    @staticmethod
+    def exactly(stored: Array) -> Array:
+        """Stored numbers as fractions."""
+        flat = [Fraction(float(value)) for value in stored.ravel()]
+        out = np.empty(len(flat), dtype=object)
+        out[:] = flat
+        return out.reshape(stored.shape)
+
+    @staticmethod
+    def rational(value: Fraction) -> tuple[Any, Any]:
+        """The value, twice."""
+        return value, value
+
+    def add(self, a: Interval, b: Interval) -> Interval:
+        """``a + b``."""
+        return a[0] + b[0], a[1] + b[1]
+
+    def subtract(self, a: Interval, b: Interval) -> Interval:
+        """``a - b``."""
+        return a[0] - b[1], a[1] - b[0]
+
+    def multiply(self, a: Interval, b: Interval) -> Interval:
+        """``a * b``."""
+        products = [x * y for x in a for y in b]
+        return np.minimum.reduce(products), np.maximum.reduce(products)
+
+    def divide(self, a: Interval, b: Interval) -> Interval:
+        """``a / b`` for a positive ``b``."""
+        require(bool((b[0] > 0).all()), "a divisor is not positive")
+        quotients = [x / y for x in a for y in b]
+        return np.minimum.reduce(quotients), np.maximum.reduce(quotients)
+
+    def root(self, a: Interval) -> Interval:
+        """``√a`` for a positive ``a``."""
+        require(bool((a[0] > 0).all()), "a variance plus eps is not positive")
+        unit = 1 << self.BITS
+
+        def below(value: Fraction) -> Fraction:
+            return Fraction(isqrt(value.numerator * unit * unit // value.denominator), unit)
+
+        lower = np.frompyfunc(below, 1, 1)
+        return lower(a[0]), lower(a[1]) + Fraction(1, unit)
+
+    def compose(self, a: Array, b: Array) -> tuple[Array, Array | None]:
+        """``a @ b``."""
+        return a @ b, None
+
+    def affine(self, x: Interval, matrix: Array, shift: Interval, error: Array | None = None) -> Interval:
+        """``A x + b``, see `Float.affine`: ``U⁺ lo + U⁻ hi + b`` below, ``U⁺ hi + U⁻ lo + b`` above."""
+        positive, negative = np.maximum(matrix, self.zero), np.minimum(matrix, self.zero)
+        lo, hi = x
+        return self.add((lo @ positive + hi @ negative, hi @ positive + lo @ negative), shift)
+
+
+Arithmetic = Float | Exact
+
+
+class Rejected(Exception):
+    """A certificate, or a claim in it, that does not hold; the message is the reason."""
+
+
+def require(holds: object, reason: str) -> None:
+    """Reject with a reason unless `holds`. NaN compares false, so that no NaN passes."""
+    if not bool(holds):
+        raise Rejected(reason)
