@@ -19,6 +19,7 @@ from verideq.certify import METHODS, Verdict, certify, prepare
 from verideq.certify.bound import Bounds, Prepared, interval
 from verideq.certify.decide import Budget
 from verideq.certify.run import Questions, Run
+from verideq.certify.summary import REJECTED
 from verideq.data import load
 from verideq.equilibrium import Equilibrium, Solver
 from verideq.errors import InconsistencyError, InputError, ModelError, RegionError, UnknownName, UnsupportedOperation
@@ -70,7 +71,8 @@ def test_the_four_common_verdicts(attacked: list[Verdict], model: Graph, images:
     for verdict, prediction, label in zip(attacked, predictions, labels.tolist(), strict=True):
         assert (verdict.prediction, verdict.label) == (prediction, label)
         assert (verdict.eps, verdict.norm) == (Fraction(1, 20), "linf")
-        assert (verdict.method, verdict.checked) == ("interval", False)
+        assert (verdict.method, verdict.checked) == ("interval", verdict.certified)
+        assert (verdict.certificate is not None) == verdict.certified
         if prediction != label:
             assert verdict.status is Status.MISCLASSIFIED
             assert verdict.attacked is None
@@ -404,11 +406,11 @@ def test_a_certificate_and_a_counterexample_stop_the_run(
 ) -> None:
     monkeypatch.setitem(METHODS, "broken", certify_everything)
     with pytest.raises(InconsistencyError, match=r"certified at linf eps 1/20 .* broken by a proved witness") as caught:
-        certify(model, images, labels, "0.05", method="broken", attack="pgd")
+        certify(model, images, labels, "0.05", method="broken", attack="pgd", check=False)
     index = caught.value.evidence["index"]
     assert caught.value.evidence["verdict"].certified
     with pytest.raises(InconsistencyError):
-        make_run(tmp_path / "run", model, list(range(LIMIT)), "0.05", Budget("broken", "pgd")).execute()
+        make_run(tmp_path / "run", model, list(range(LIMIT)), "0.05", Budget("broken", "pgd", check=False)).execute()
     witness = np.load(tmp_path / "run/inconsistency/witness.npy")
     record = json.loads((tmp_path / "run/inconsistency/verdict.json").read_text())
     assert (record["index"], record["status"], record["method"]) == (index, "CERTIFIED", "broken")
@@ -416,6 +418,19 @@ def test_a_certificate_and_a_counterexample_stop_the_run(
     with torch.no_grad():
         assert int(model(torch.from_numpy(witness)[None].float()).argmax()) != int(labels[index])
     assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_the_checker_refuses_what_a_broken_bound_proposes(
+    model: Graph, images: Tensor, labels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = certify(model, images, labels, "0.05")
+    monkeypatch.setitem(METHODS, "broken", certify_everything)
+    verdicts = certify(model, images, labels, "0.05", method="broken", attack="pgd")
+    assert not any(verdict.certified for verdict in verdicts)
+    assert all(REJECTED in verdict.reason for verdict, before in zip(verdicts, honest, strict=True) if before.certified)
+    summary = make_run(tmp_path, model, list(range(LIMIT)), "0.05", Budget("broken")).execute()
+    (result,) = summary["results"]
+    assert (result["certified"], result["rejected"]) == (0, sum(v.prediction == v.label for v in honest))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, IndexError, MemoryError])

@@ -130,7 +130,9 @@ def test_certify_writes_the_folder_and_prints_the_table(digits_model: Path, here
         path.name for path in (here / "out").iterdir()
     }
     assert "certified" in output.out
-    assert "unchecked" in output.out
+    assert "unchecked" not in output.out
+    assert run(["certify", str(digits_model), *QUICK, "--no-check", "--out", "unchecked"]) == 0
+    assert "unchecked" in capsys.readouterr().out
     assert "8/255" in output.out
     assert "report.html" in output.out
     assert len((here / "out/results.jsonl").read_text().splitlines()) == 10
@@ -244,6 +246,7 @@ def test_an_inconsistency_exits_with_1_and_one_line(
         "5",
         "--method",
         "broken",
+        "--no-check",
         "--out",
         "out",
         "--json",

@@ -87,7 +87,7 @@ def test_a_line_a_sample_and_eps_with_the_promised_fields(whole: Path) -> None:
     assert sorted((r["eps"], r["index"]) for r in records) == [(e, i) for e in (0.02, 0.05) for i in range(COUNT)]
     for record in records:
         assert record["label"] == int(DIGITS.labels[record["index"]])
-        assert record["checked"] is False
+        assert record["checked"] is (record["status"] == "CERTIFIED")
         assert record["attacked"] is None
         assert record["status"] in {name.upper() for name in STATUSES}
 
@@ -103,7 +103,7 @@ def test_the_summary_counts_the_lines(whole: Path) -> None:
             assert result[name] == sum(record["status"] == name.upper() for record in mine)
         assert result["clean"] == sum(record["prediction"] == record["label"] for record in mine)
         assert result["attacked"] is None
-        assert result["checked"] is False
+        assert result["checked"] is (result["certified"] > 0)
         assert result["rejected"] == 0
         assert result["by_method"] == {"interval": result["certified"]}
         assert result["seconds"] == pytest.approx(sum(record["seconds"] for record in mine))
@@ -277,6 +277,8 @@ DIFFERENT: dict[str, Callable[[Run], Run]] = {
     "seed": _budget(seed=1),
     "tolerances": _budget(max_steps=7),
     "radius": _budget(radius=True),
+    "check": _budget(check=False),
+    "certificates": lambda run: replace(run, certificates=True),
 }
 
 

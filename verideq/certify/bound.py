@@ -21,6 +21,10 @@ from verideq.graph import Graph, model_bytes, trace
 from verideq.region import Region
 
 
+TOLERANCE = 1e-13
+"""The relative residual to which equilibria are solved for a proof: how tight it is, never whether it holds."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model made ready for proofs: its stored weights in float64, and a gauge for every equilibrium that has one.
@@ -158,7 +162,7 @@ def run_method(prepared: Prepared, region: Region | Box, C: Tensor | None, metho
         C = _specification(C, len(box.lower)).to(prepared.device)
     # cuDNN may choose a transform whose error is not bounded entry by entry.
     with torch.backends.cudnn.flags(enabled=False):
-        result = chosen(prepared, box, C, Auto(tol=1e-13, max_steps=max_steps))
+        result = chosen(prepared, box, C, Auto(tol=TOLERANCE, max_steps=max_steps))
     # Whatever is not an ordered pair of numbers is no bound.
     unknown = ~(result.box.lower <= result.box.upper)
     lower = torch.where(unknown, -torch.inf, result.box.lower)

@@ -31,7 +31,6 @@ class Budget:
         method: a bound method, or ``auto``.
         attack: an attack suite, or ``none``.
         max_steps: of the equilibrium solver in a bound.
-        tol: of the same; relative, float64.
         timeout: seconds a sample; ``None`` for no limit.
         seed: of the attack's noise.
         radius: look for the largest certified radius of each sample too.
@@ -41,7 +40,6 @@ class Budget:
     method: str = "auto"
     attack: str = "none"
     max_steps: int = 1000
-    tol: float = 1e-13
     timeout: float | None = None
     seed: int = 0
     radius: bool = False
@@ -322,7 +320,8 @@ def _attack(
         highest = run_method(prepared, Box(points, points), part.C, "interval", 1000).box.upper
         proved = broken & (highest < part.rhs).any(1)
     for k, i in enumerate(right):
-        draft.set(i, attacked=not bool(broken[k]))
+        # What is proved outweighs what is measured: within rounding of a tie the attack's own numbers may say otherwise.
+        draft.set(i, attacked=not bool(broken[k]) or (draft.verdicts[i].certified and not bool(proved[k])))
         if bool(proved[k]):
             _falsify(draft, i, points[k], int(part.indices[k]))
         elif bool(broken[k]) and draft.verdicts[i].status is Status.UNKNOWN:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import verideq
-from verideq.certify.bound import Prepared, prepare
+from verideq.certify.bound import TOLERANCE, Prepared, prepare
 from verideq.certify.certificate import framed, gauge_file
 from verideq.certify.decide import Budget, decide
 from verideq.certify.summary import summarise
@@ -132,7 +132,7 @@ class Run:
             "check": self.budget.check,
             "certificates": self.certificates,
             "seed": self.budget.seed,
-            "tolerances": {"tol": self.budget.tol, "max_steps": self.budget.max_steps, "timeout": self.budget.timeout},
+            "tolerances": {"tol": TOLERANCE, "max_steps": self.budget.max_steps, "timeout": self.budget.timeout},
             "batch_size": self.batch_size,
             "threads": torch.get_num_threads(),
             "device": str(self.device),

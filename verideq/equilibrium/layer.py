@@ -75,8 +75,13 @@ class System:
 
 
 def _rectify_pair(center: Tensor, radius: Tensor) -> Tensor:
-    upper, lower = (center + radius).relu_(), (center - radius).relu_()
-    return torch.stack((upper + lower, upper - lower)).mul_(0.5)
+    """Centre and radius of relu over ``center ± radius``, without a difference of ends: a radius far below the rounding of
+    its centre keeps its digits.
+
+    Active: as it was. Inactive: zero. Between: ``[0, c + r]``, half of it twice.
+    """
+    half = (center + radius).mul_(0.5).relu_()
+    return torch.stack((torch.maximum(half, center), torch.minimum(half, radius)))
 
 
 class Equilibrium(nn.Module):

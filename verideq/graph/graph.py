@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from verideq.equilibrium import Auto, Equilibrium, Gradient, Implicit, Solver
 from verideq.errors import ModelError
-from verideq.graph.operations import Operation, operation_of
+from verideq.graph.operations import Add, Operation, evaluating, operation_of
 
 INPUT = "input"
 """The name of the graph's input among the values."""
@@ -176,10 +176,12 @@ class Graph(nn.Module):
             arguments = [values[name] for name in node.inputs]
             layer = node.module
             try:
-                with torch.no_grad():
+                with torch.no_grad(), evaluating(layer):
                     result = layer.operator().apply(*arguments) if isinstance(layer, Equilibrium) else layer(*arguments)
                 if isinstance(layer, Equilibrium) and result.shape != arguments[0].shape:
                     raise RuntimeError("its state and its injection differ in shape")
+                if isinstance(layer, Add) and arguments[0].shape != arguments[1].shape:
+                    raise RuntimeError("a sum of two shapes, which may mix samples; make them equal")
             except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 shapes = ", ".join(str(tuple(a.shape[1:])) for a in arguments)
                 first = str(error).partition("\n")[0]
