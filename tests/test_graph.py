@@ -14,7 +14,7 @@ from verideq.box import Box
 from verideq.certify.interval import RULES
 from verideq.equilibrium import Equilibrium
 from verideq.errors import ModelError, UnsupportedOperation
-from verideq.graph import OPERATIONS, Add, Graph, Normalize, load_model, save_model, trace
+from verideq.graph import OPERATIONS, Add, Graph, Normalize, load_model, save_model, trace, unsupported
 from verideq.parametrizations import IBPMonDEQ
 
 
@@ -513,3 +513,24 @@ def test_an_affine_bound_is_tight() -> None:
     box = verideq.bound(layer, Box(ROWS.double() - 0.1, ROWS.double() + 0.1))
     exact = 0.2 * layer.weight.double().abs().sum(1)
     assert torch.allclose(box.width, exact.expand_as(box.width), rtol=1e-9)
+
+
+def test_everything_unsupported_is_listed_at_once() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+            fusion = nn.Linear(3, 3, bias=False)
+            self.layer = verideq.Equilibrium(fusion, nn.Sequential(nn.Linear(3, 3), nn.GELU()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.sigmoid(self.features(x)) * 2)
+
+    problems = unsupported(Several())
+    assert [problem.split(" is not supported")[0] for problem in problems] == [
+        "features.1: Tanh",
+        "the model: sigmoid(features_2)",
+        "the model: mul(sigmoid, 2)",
+        "layer.injection.1: GELU",
+    ]
+    assert unsupported(nn.Linear(2, 2)) == []

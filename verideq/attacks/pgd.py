@@ -57,7 +57,7 @@ class PGD:
         """
         best = region.center.clone()
         margins = torch.full((len(best),), torch.inf, dtype=best.dtype, device=best.device)
-        for restart in range(self.restarts):
+        for restart in range(self.restarts if region.eps else 1):  # one look at the centre, where it is all there is
             active = (~(margins < 0)).nonzero().flatten()
             if not len(active) or stop():
                 break
@@ -86,14 +86,15 @@ class PGD:
         stop: Callable[[], bool],
     ) -> tuple[Tensor, Tensor]:
         best, best_margin = x.clone(), torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-        for step in range(self.steps + 1):
+        steps = self.steps if region.eps else 0
+        for step in range(steps + 1):
             x = x.detach().requires_grad_()
             rows = (C @ model(x)[:, :, None])[:, :, 0] - rhs
             margin = rows.detach().amin(1)
             better = (margin < best_margin).view(-1, *[1] * (x.dim() - 1))
             best = torch.where(better, x.detach(), best)
             best_margin = torch.minimum(margin, best_margin)
-            if step == self.steps or stop():
+            if step == steps or stop():
                 break
             if margin_loss:
                 loss = rows.amin(1).sum()
@@ -101,7 +102,7 @@ class PGD:
                 # Cross-entropy of the logits 0, -rows: log(1 + Σ exp(-rows)), to go up.
                 loss = -torch.logsumexp(torch.cat((torch.zeros_like(rows[:, :1]), -rows), 1), 1).sum()
             (gradient,) = torch.autograd.grad(loss, x)
-            size = self.step_size * (1 - 0.95 * step / self.steps) * float(region.eps)
+            size = self.step_size * (1 - 0.95 * step / steps) * float(region.eps)
             x = region.project(x.detach() - size * _direction(gradient, region))
         return best, best_margin
 

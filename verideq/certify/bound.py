@@ -20,7 +20,6 @@ from verideq.errors import InputError, ModelError, NoGaugeError, RegionError, Un
 from verideq.graph import Graph, model_bytes, trace
 from verideq.region import Region
 
-
 TOLERANCE = 1e-13
 """The relative residual to which equilibria are solved for a proof: how tight it is, never whether it holds."""
 

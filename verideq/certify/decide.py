@@ -320,7 +320,7 @@ def _attack(
         highest = run_method(prepared, Box(points, points), part.C, "interval", 1000).box.upper
         proved = broken & (highest < part.rhs).any(1)
     for k, i in enumerate(right):
-        # What is proved outweighs what is measured: within rounding of a tie the attack's own numbers may say otherwise.
+        # What is proved outweighs what is measured: close to a tie the attack's own numbers may say otherwise.
         draft.set(i, attacked=not bool(broken[k]) or (draft.verdicts[i].certified and not bool(proved[k])))
         if bool(proved[k]):
             _falsify(draft, i, points[k], int(part.indices[k]))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from verideq.checker.arithmetic import Arithmetic, Array, Exact, Float, Interval, Rejected, require
-from verideq.checker.files import model_hash, parse_blob, records
+from verideq.checker.arithmetic import Arithmetic, Array, Exact, Float, Interval, Rejected, guarded, require
+from verideq.checker.files import Blob, model_hash, parse_blob, records
 from verideq.checker.network import Node, read_nodes
 from verideq.checker.proof import Claim, Contraction, apply, contraction, equilibrium, read_claim, region
 
@@ -54,16 +54,23 @@ class Checker:
 
     def __init__(self, model: bytes, gauges: bytes, *, exact: bool = False) -> None:
         self.arithmetic: Arithmetic = Exact() if exact else Float()
-        blob, certificate = parse_blob(model), parse_blob(gauges)
+        self._layers: dict[tuple[str, tuple[int, ...]], Contraction] = {}
+        with guarded():
+            self._read(parse_blob(model), parse_blob(gauges))
+
+    def _read(self, blob: Blob, certificate: Blob) -> None:
         self.hash = model_hash(blob)
         require(set(certificate.head) == {"version", "model"}, "the model certificate has other fields")
         require(certificate.head["version"] == 1, "the version of the model certificate is not known")
         require(certificate.head["model"] == self.hash, "the model certificate is about another model")
         self.nodes = read_nodes(blob, self.arithmetic)
+        pixels = blob.head.get("pixel_range")
+        self.pixels = None if pixels is None else (Fraction(pixels[0]), Fraction(pixels[1]))
         self.gauges = {name.removeprefix("gauge/"): u for name, u in certificate.arrays.items()}
-        for name, u in self.gauges.items():
-            require(u.dtype == np.float64, f"the gauge of {name} is not float64")
-        self._layers: dict[tuple[str, tuple[int, ...]], Contraction] = {}
+        layers = {f"gauge/{node.name}" for node in self.nodes if node.kind == "equilibrium"}
+        for name, u in certificate.arrays.items():
+            require(name in layers, f"the array {name} of the model certificate has no meaning")
+            require(u.dtype == np.float64, f"{name} is not float64")
 
     def decide(self, payloads: list[bytes]) -> list[tuple[bool, str, float | None]]:
         """Whether each record's claim holds, the reason if not, and the margin that was proved."""
@@ -71,7 +78,8 @@ class Checker:
         groups: dict[object, list[tuple[int, Claim]]] = {}
         for place, payload in enumerate(payloads):
             try:
-                claim = read_claim(parse_blob(payload), self.hash, self.arithmetic)
+                with guarded():
+                    claim = read_claim(parse_blob(payload), self.hash, self.pixels, self.arithmetic)
                 shapes = tuple((name, box[0].shape) for name, box in sorted(claim.suggestions.items()))
                 rows = None if claim.linear is None else claim.linear[0].shape
                 groups.setdefault((claim.center[0].shape, shapes, claim.refinements, rows), []).append((place, claim))
@@ -85,7 +93,8 @@ class Checker:
     def _group(self, group: list[tuple[int, Claim]]) -> Iterator[tuple[int, tuple[bool, str, float | None]]]:
         """Claims of one shape at a time; what is wrong with one sample costs no other its answer."""
         try:
-            lower, enclosed = self._margins([claim for _, claim in group])
+            with guarded():
+                lower, enclosed = self._margins([claim for _, claim in group])
         except Rejected as reason:
             if len(group) == 1:
                 yield group[0][0], (False, str(reason), None)
@@ -97,10 +106,8 @@ class Checker:
             if not inside:
                 yield place, (False, "a box is not mapped into itself, or is crossed", None)
             elif not (0 < margin < np.inf and Fraction(margin) >= claim.margin):
-                yield (
-                    place,
-                    (False, f"the claimed margin {float(claim.margin):.6g} is not proved: {float(margin):.6g}", None),
-                )
+                claimed, proved = shown(claim.margin), shown(margin)
+                yield place, (False, f"the claimed margin {claimed} is not proved: {proved}", None)
             else:
                 yield place, (True, "", float(margin))
 
@@ -183,31 +190,30 @@ def check(path: str | Path, *, exact: bool = False) -> list[Outcome]:
         an `Outcome` a record; a folder without records is one rejection, never an empty success.
     """
     path = Path(path)
-    folders = [path] if (path / "records.bin").exists() else sorted(p.parent for p in path.rglob("records.bin"))
-    if not folders:
+    files = [path] if path.is_file() else sorted(path.rglob("records.bin"))
+    if not files:
         return [Outcome(str(path), -1, False, "there is no records.bin here or below")]
-    return [outcome for folder in folders for outcome in _check_folder(folder, exact)]
+    return [outcome for file in files for outcome in _check_file(file, exact)]
 
 
-def _check_folder(folder: Path, exact: bool, size: int = 64) -> Iterable[Outcome]:
-    name = str(folder / "records.bin")
+def _check_file(file: Path, exact: bool, size: int = 64) -> Iterator[Outcome]:
+    name, folder = str(file), file.parent
+    count = 0
+    waiting: list[tuple[int, bytes]] = []
     try:
-        checker = Checker(
-            (folder / "model.safetensors").read_bytes(), (folder / "gauges.safetensors").read_bytes(), exact=exact
-        )
+        model, gauges = (folder / "model.safetensors").read_bytes(), (folder / "gauges.safetensors").read_bytes()
+        checker = Checker(model, gauges, exact=exact)
+        for count, payload in enumerate(records(file), 1):
+            if isinstance(payload, Rejected):
+                yield Outcome(name, count - 1, False, str(payload))
+            else:
+                waiting.append((count - 1, payload))
+            if len(waiting) == size:
+                yield from _outcomes(checker, name, waiting)
+                waiting = []
     except (Rejected, OSError) as error:
         yield Outcome(name, -1, False, str(error))
         return
-    count = 0
-    waiting: list[tuple[int, bytes]] = []
-    for count, payload in enumerate(records(folder / "records.bin"), 1):
-        if isinstance(payload, Rejected):
-            yield Outcome(name, count - 1, False, str(payload))
-        else:
-            waiting.append((count - 1, payload))
-        if len(waiting) == size:
-            yield from _outcomes(checker, name, waiting)
-            waiting = []
     yield from _outcomes(checker, name, waiting)
     if not count:
         yield Outcome(name, -1, False, "the file holds no records")
@@ -218,3 +224,11 @@ def _outcomes(checker: Checker, name: str, waiting: list[tuple[int, bytes]]) -> 
         zip((place for place, _ in waiting), checker.decide([payload for _, payload in waiting]), strict=True)
     )
     return [Outcome(name, place, *verdict) for place, verdict in verdicts.items()]
+
+
+def shown(value: float | Fraction) -> str:
+    """A number for a message, also one that no float64 holds."""
+    try:
+        return f"{float(value):.6g}"
+    except OverflowError:
+        return "a number beyond float64"

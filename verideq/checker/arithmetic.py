@@ -15,6 +15,8 @@ the sum. An operand or a result below ``2⁻¹⁰²²`` may be flushed to zero, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from math import isqrt
 from typing import Any
@@ -51,7 +53,10 @@ class Float:
     @staticmethod
     def rational(value: Fraction) -> tuple[Any, Any]:
         """The nearest float64 on either side of a rational."""
-        near = float(value)
+        try:
+            near = float(value)
+        except OverflowError as error:
+            raise Rejected("a number is too large for float64") from error
         return (
             near if Fraction(near) <= value else float(np.nextafter(near, -np.inf)),
             near if Fraction(near) >= value else float(np.nextafter(near, np.inf)),
@@ -94,7 +99,7 @@ class Float:
     def compose(self, a: Array, b: Array) -> tuple[Array, Array | None]:
         """``a @ b`` rounded, and a bound of the error of every entry."""
         g, size = gamma(a.shape[-1]), np.abs(a) @ np.abs(b)
-        largest = 2 + np.abs(a).max(initial=0.0) + np.abs(b).max(initial=0.0)
+        largest = 2 + np.abs(a).max((-2, -1), keepdims=True, initial=0.0) + np.abs(b).max(initial=0.0)
         return a @ b, g * (1 + g) * size + 8 * TINY * (a.shape[-1] + SLACK) * largest
 
     def affine(self, x: Interval, matrix: Array, shift: Interval, error: Array | None = None) -> Interval:
@@ -113,7 +118,9 @@ class Float:
         moved = (radius * (1 + g) + g * np.abs(center)) @ size
         if error is not None:
             moved = moved + (np.abs(center) + radius) * (1 + g) @ error
-        largest = 2 + size.max(initial=0.0) + np.abs(center).max(initial=0.0) + radius.max(initial=0.0)
+        # By row of x, and by sample of the matrix: a sample's huge numbers, or NaN, charge no other.
+        largest = 2 + size.max((-2, -1), keepdims=True, initial=0.0)
+        largest = largest + (np.abs(center) + radius).max(-1, keepdims=True, initial=0.0)
         moved = moved * (1 + g) + 8 * TINY * (n + SLACK) * largest
         image = center @ matrix
         image = np.where(np.isfinite(image), image, np.nan)  # an overflow on the way says nothing about the sum
@@ -121,7 +128,7 @@ class Float:
 
 
 class Exact:
-    """Rational numbers: nothing is rounded but square roots, which are bracketed to 200 bits."""
+    """Rational numbers: nothing is rounded but square roots, which are bracketed to 200 bits of their own size."""
 
     BITS = 200
     zero: Any = Fraction(0)
@@ -162,13 +169,13 @@ class Exact:
     def root(self, a: Interval) -> Interval:
         """``√a`` for a positive ``a``."""
         require(bool((a[0] > 0).all()), "a variance plus eps is not positive")
-        unit = 1 << self.BITS
 
-        def below(value: Fraction) -> Fraction:
-            return Fraction(isqrt(value.numerator * unit * unit // value.denominator), unit)
+        def near(value: Fraction, more: int) -> Fraction:
+            whole = isqrt(value.numerator * value.denominator << 2 * self.BITS)
+            return Fraction(whole + more, value.denominator << self.BITS)
 
-        lower = np.frompyfunc(below, 1, 1)
-        return lower(a[0]), lower(a[1]) + Fraction(1, unit)
+        bracket = np.frompyfunc(near, 2, 1)
+        return bracket(a[0], 0), bracket(a[1], 1)
 
     def compose(self, a: Array, b: Array) -> tuple[Array, Array | None]:
         """``a @ b``."""
@@ -186,6 +193,18 @@ Arithmetic = Float | Exact
 
 class Rejected(Exception):
     """A certificate, or a claim in it, that does not hold; the message is the reason."""
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Whatever Python or numpy cannot digest is a rejection. Overflows are not worth a warning: they prove nothing."""
+    with np.errstate(all="ignore"):
+        try:
+            yield
+        except Rejected:
+            raise
+        except Exception as error:
+            raise Rejected(f"it makes no sense: {type(error).__name__}: {error}") from error
 
 
 def require(holds: object, reason: str) -> None:

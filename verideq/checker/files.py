@@ -99,16 +99,17 @@ def records(path: Path) -> Iterator[bytes | Rejected]:
 
     A record whose digest fails is reported and the next one is read; a torn end is reported and ends the file.
     """
+    whole = path.stat().st_size
     with path.open("rb") as stream:
         while head := stream.read(8):
             size = int.from_bytes(head, "little")
             if len(head) < 8 or size > LARGEST:
                 yield Rejected("the record file is damaged: a length that cannot be")
                 return
-            payload, digest = stream.read(size), stream.read(32)
-            if len(payload) < size or len(digest) < 32:
+            if stream.tell() + size + 32 > whole:
                 yield Rejected("the last record is torn")
                 return
+            payload, digest = stream.read(size), stream.read(32)
             yield (
                 payload
                 if hashlib.sha256(payload).digest() == digest

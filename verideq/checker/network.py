@@ -28,6 +28,7 @@ class Node:
 def read_nodes(model: Blob, arithmetic: Arithmetic) -> list[Node]:
     """The operations of a model file, each array used exactly once, each input defined before it is read."""
     known, nodes, left = {"input"}, [], set(model.arrays)
+    require(model.head.get("format") == 1, "the format of the model file is not known")
     listed = model.head.get("nodes")
     require(isinstance(listed, list) and listed, "the model has no nodes")
     for entry in listed:  # type: ignore[union-attr]  # a list, or it was rejected
@@ -43,7 +44,8 @@ def read_nodes(model: Blob, arithmetic: Arithmetic) -> list[Node]:
         require(left.issuperset(keys), f"{name}: a tensor is missing")
         left -= set(keys)
         known.add(name)
-        tensors = {key.rpartition("/")[2]: arithmetic.exactly(model.arrays[key]) for key in keys}
+        require(set(entry["tensors"]) <= TENSORS[kind], f"{name}: a tensor has no meaning")
+        tensors = {tensor: arithmetic.exactly(model.arrays[f"{name}/{tensor}"]) for tensor in entry["tensors"]}
         nodes.append(Node(name, kind, inputs, arguments, tensors))
     require(not left, "the model holds tensors that no node uses")
     return nodes
@@ -169,8 +171,8 @@ def _batch_norm(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     weight = optional(node, "weight", size, arithmetic.one)
     shift = optional(node, "bias", size, arithmetic.zero)
     eps = node.arguments.get("eps")
-    require(isinstance(eps, float) and 0 <= eps < 1, f"{node.name}: eps = {eps!r} makes no sense")
-    stored = arithmetic.exactly(np.full(size, eps))
+    require(type(eps) in (int, float) and 0 <= eps < np.inf, f"{node.name}: eps = {eps!r} makes no sense")
+    stored = arithmetic.exactly(np.full(size, float(eps)))
     deviation = arithmetic.root(arithmetic.add((variance, variance), (stored, stored)))
     return _scaled(arithmetic, x, mean, arithmetic.divide((weight, weight), deviation), shift)
 
@@ -252,7 +254,10 @@ def _mean(arithmetic: Arithmetic, x: Interval, counts: Array) -> Interval:
 
 def _adaptive(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     require(x[0].ndim == 4, f"{node.name}: its input is no image")
-    rows, columns = (_cells(size, count) for size, count in zip(x[0].shape[2:], pair(node, "output_size"), strict=True))
+    asked = node.arguments.get("output_size")
+    asked = asked if isinstance(asked, list) else [asked, asked]
+    require(len(asked) == 2, f"{node.name}: it has no two axes")
+    rows, columns = (_cells(size, count) for size, count in zip(x[0].shape[2:], asked, strict=True))
     cells = []
     for top, bottom in rows:
         for left, right in columns:
@@ -264,11 +269,29 @@ def _adaptive(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     return lo, hi
 
 
-def _cells(size: int, count: int) -> list[tuple[int, int]]:
-    """The intervals that an adaptive pooling cuts an axis into."""
-    require(0 < count <= 2**12, "an adaptive pooling without cells")
+def _cells(size: int, count: int | None) -> list[tuple[int, int]]:
+    """The intervals that an adaptive pooling cuts an axis into; ``None``: one for every pixel."""
+    count = size if count is None else count
+    require(type(count) is int and 0 < count <= 2**12, "an adaptive pooling without cells")
     return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
 
+
+_BATCH_NORM = {"weight", "bias", "running_mean", "running_var"}
+TENSORS: dict[str, set[str]] = {
+    "normalize": {"mean", "std"},
+    "linear": {"weight", "bias"},
+    "conv2d": {"weight", "bias"},
+    "batch_norm1d": _BATCH_NORM,
+    "batch_norm2d": _BATCH_NORM,
+    "relu": set(),
+    "avg_pool2d": set(),
+    "adaptive_avg_pool2d": set(),
+    "max_pool2d": set(),
+    "flatten": set(),
+    "add": set(),
+    "equilibrium": {"fusion.weight"},
+}
+"""What each operation may store."""
 
 Rule = Callable[[Arithmetic, Node, Interval], Interval]
 

@@ -54,8 +54,8 @@ class Claim:
     refinements: int
 
 
-def read_claim(record: Blob, model: str, arithmetic: Arithmetic) -> Claim:
-    """The claim of a record, every field of the right type and for this model."""
+def read_claim(record: Blob, model: str, pixels: tuple[Fraction, Fraction] | None, arithmetic: Arithmetic) -> Claim:
+    """The claim of a record, every field of the right type and for the model with this hash and pixel range."""
     head = dict(record.head)
     expected = {
         "version",
@@ -80,6 +80,7 @@ def read_claim(record: Blob, model: str, arithmetic: Arithmetic) -> Claim:
         (type(head["label"]) is int and head["label"] >= 0) if by_label else head["label"] is None, "the label is wrong"
     )
     require(type(head["refinements"]) is int and 0 <= head["refinements"] <= REFINEMENTS, "too many refinements")
+    require(type(head["index"]) is int and head["index"] >= 0, "the index is wrong")
     eps, margin = rational(head["eps"], "eps"), rational(head["margin"], "margin")
     require(eps >= 0, "eps is negative")
     require(margin >= 0, "the claimed margin is negative")
@@ -88,6 +89,9 @@ def read_claim(record: Blob, model: str, arithmetic: Arithmetic) -> Claim:
         require(isinstance(clip, list) and len(clip) == 2, "the clip is no range")
         clip = (rational(clip[0], "clip"), rational(clip[1], "clip"))
         require(clip[0] <= clip[1], "the clip is no range")
+        # A narrower clip would claim less than it seems to; none at all claims more.
+        whole = pixels is not None and clip[0] <= pixels[0] and pixels[1] <= clip[1]
+        require(whole, "the clip cuts off pixels that the model allows")
     arrays = dict(record.arrays)
     center = _center(arrays.pop("input", None), head["scale"], arithmetic)
     weights = arrays.pop("weights", None)
@@ -213,6 +217,7 @@ def contraction(arithmetic: Arithmetic, node: Node, u: Array, state: tuple[int, 
     )
     kind, arguments = fusion.get("operation"), fusion.get("attributes")  # type: ignore[union-attr]  # a dict
     require(kind in ("linear", "conv2d") and isinstance(arguments, dict), f"{node.name}: its fusion is not known")
+    require("fusion.weight" in node.tensors, f"{node.name}: fusion.weight is missing")
     weight = node.tensors["fusion.weight"].copy()
     fused = Node(node.name, str(kind), (), arguments, {"weight": weight})
     own = _take_own(fused, weight, arithmetic)
@@ -240,6 +245,7 @@ def _take_own(fused: Node, weight: Array, arithmetic: Arithmetic) -> Array:
         place: tuple[Any, ...] = (units, units)
     else:
         tensor(fused, "weight", None, None, None, None)
+        require(pair(fused, "stride", 1) == (1, 1), f"{fused.name}: W has a stride, so it is no map of states")
         dilation = pair(fused, "dilation", 1)
         pads = pads_of(fused, (weight.shape[2], weight.shape[3]), dilation)
         if pads[0] % dilation[0] or pads[2] % dilation[1]:

@@ -13,8 +13,8 @@ from torch import nn
 
 from verideq.cli.options import Json, Weights, read_model
 from verideq.equilibrium import Equilibrium, gauge
-from verideq.errors import NoGaugeError, UnsupportedOperation
-from verideq.graph import model_hash, trace
+from verideq.errors import NoGaugeError
+from verideq.graph import model_hash, trace, unsupported
 
 
 def inspect(
@@ -29,17 +29,16 @@ def inspect(
         typer.echo(json.dumps(facts))
     else:
         _show(facts)
-    return 0 if facts["unsupported"] is None else 1
+    return 1 if facts["unsupported"] else 0
 
 
 def describe(network: nn.Module, name: str) -> dict[str, Any]:
     """What `inspect` shows, JSON-ready."""
-    facts: dict[str, Any] = {"model": name, "unsupported": None, "operations": [], "equilibria": []}
+    facts: dict[str, Any] = {"model": name, "unsupported": unsupported(network), "operations": [], "equilibria": []}
     facts["parameters"] = sum(p.numel() for p in network.parameters())
-    try:
-        graph = trace(network)
-    except UnsupportedOperation as error:
-        return facts | {"unsupported": str(error)}
+    if facts["unsupported"]:
+        return facts
+    graph = trace(network)
     stored = 0
     for node in graph.nodes:
         state = node.operation.state(node.module)
@@ -82,8 +81,8 @@ def predicted_steps(rate: float, tol: float = 1e-5) -> int:
 
 def _show(facts: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False, emoji=False)
-    if facts["unsupported"] is not None:
-        console.print(f"{facts['model']}: not supported\n{facts['unsupported']}", markup=False)
+    if facts["unsupported"]:
+        console.print(f"{facts['model']}: not supported", *facts["unsupported"], sep="\n", markup=False)
         return
     console.print(f"{facts['model']}: {facts['parameters']} parameters, {facts['dtype']}, hash {facts['hash'][:16]}")
     shape, pixels = facts["input_shape"], facts["pixel_range"]

@@ -75,8 +75,8 @@ class System:
 
 
 def _rectify_pair(center: Tensor, radius: Tensor) -> Tensor:
-    """Centre and radius of relu over ``center ± radius``, without a difference of ends: a radius far below the rounding of
-    its centre keeps its digits.
+    """Centre and radius of relu over ``center ± radius``, without a difference of ends: a radius far below the rounding
+    of its centre keeps its digits.
 
     Active: as it was. Inactive: zero. Between: ``[0, c + r]``, half of it twice.
     """

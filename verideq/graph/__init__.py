@@ -3,7 +3,7 @@
 from verideq.graph.file import load_model, model_bytes, model_hash, refuse_pickle, save_model
 from verideq.graph.graph import INPUT, Graph, Node
 from verideq.graph.operations import OPERATIONS, Add, Normalize, Operation, evaluating
-from verideq.graph.trace import trace
+from verideq.graph.trace import trace, unsupported
 
 __all__ = [
     "INPUT",
@@ -20,4 +20,5 @@ __all__ = [
     "refuse_pickle",
     "save_model",
     "trace",
+    "unsupported",
 ]

@@ -68,6 +68,19 @@ def trace(model: nn.Module) -> Graph:
     )
 
 
+def unsupported(model: nn.Module) -> list[str]:
+    """Everything that keeps a model from being traced, each with its name and place; empty if nothing does."""
+    problems: list[str] = []
+    if isinstance(model, Graph):
+        return problems
+    try:
+        with evaluating(model):
+            _trace(model, "", INPUT, set(), problems)
+    except UnsupportedOperation as error:
+        problems.append(str(error))
+    return problems
+
+
 def _needed(nodes: list[Node], output: str) -> list[Node]:
     """The nodes that the output depends on: it becomes the last one, whatever a forward computes beside it."""
     wanted, kept = {output}, []
@@ -78,12 +91,17 @@ def _needed(nodes: list[Node], output: str) -> list[Node]:
     return kept[::-1]
 
 
-def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple[list[Node], str]:
-    """The nodes of `model`, which reads `source`; and the name of its output."""
+def _trace(
+    model: nn.Module, prefix: str, source: str, names: set[str], problems: list[str] | None = None
+) -> tuple[list[Node], str]:
+    """The nodes of `model`, which reads `source`; and the name of its output.
+
+    What is not supported is raised, or with a list of `problems` noted there and passed over.
+    """
     if prefix and operation_of(model) is not None and getattr(model, "inplace", False):
         raise _overwrites(prefix)
     if isinstance(model, Equilibrium):
-        return _equilibrium(model, prefix, source, names)
+        return _equilibrium(model, prefix, source, names, problems)
     if operation_of(model) is not None:
         return _leaf(model, prefix, (source,), names)  # a bare module, with nothing inside to trace
     _refuse_hooks(model, prefix or "the model")
@@ -101,8 +119,6 @@ def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple
     values: dict[fx.Node, str] = {}
     memory = _Memory(prefix)
     for item in graph.nodes:
-        memory.check(item)
-        place = ".".join(filter(None, (prefix, str(item.target)))) if item.op == "call_module" else prefix
         if item.op == "placeholder":
             if values:
                 raise UnsupportedOperation(
@@ -110,39 +126,60 @@ def _trace(model: nn.Module, prefix: str, source: str, names: set[str]) -> tuple
                 )
             values[item] = source
             memory.add(item, shares=False)
-        elif item.op == "output":
+            continue
+        if item.op == "output":
+            memory.check(item)
             (result,) = item.args
             if result not in values:
                 raise UnsupportedOperation(f"{prefix or 'the model'} has to return one tensor; it returns {result}")
             return nodes, values[result]
-        elif item.op == "call_module":
-            child = model.get_submodule(str(item.target))
-            if type(child) in _IDENTITIES:
-                _refuse_hooks(child, place)
-                values[item] = _inputs(item, values, place, 1)[0]
-                memory.add(item, shares=True)
-                continue
-            inputs = _inputs(item, values, place, 2 if isinstance(child, Add) else 1)
-            more, values[item] = (
-                _equilibrium(child, place, inputs[0], names)
-                if isinstance(child, Equilibrium)
-                else _leaf(child, place, inputs, names)
-            )
+        if _is_shape(item):
+            continue  # read by a view alone, which checks it
+        try:
+            memory.check(item)
+            more, values[item] = _operation(item, model, prefix, values, names, problems)
+            memory.add(item, shares=_shares(item, model), overwrites=_in_place(item, model))
             nodes += more
-            memory.add(item, shares=isinstance(child, nn.Flatten), overwrites=getattr(child, "inplace", False))
-        elif item.op in ("call_function", "call_method"):
-            if _is_shape(item):
-                continue  # read by a view alone, which checks it
-            module = _function(item)
-            if module is None:
-                raise _unsupported(item, prefix)
-            inputs = _inputs(item, values, prefix, 2 if isinstance(module, Add) else 1)
-            more, values[item] = _leaf(module, f"{prefix}.{item.name}" if prefix else item.name, inputs, names)
-            nodes += more
-            memory.add(item, shares=isinstance(module, nn.Flatten), overwrites=_in_place(item))
-        else:
-            raise _unsupported(item, prefix)
+        except UnsupportedOperation as error:
+            if problems is None:
+                raise
+            problems.append(str(error))  # and go on as if it were the identity, to find the next one
+            values[item] = next((values[read] for read in item.all_input_nodes if read in values), source)
+            memory.add(item, shares=False)
     raise UnsupportedOperation(f"{prefix or 'the model'} returns nothing")
+
+
+def _operation(
+    item: fx.Node,
+    model: nn.Module,
+    prefix: str,
+    values: dict[fx.Node, str],
+    names: set[str],
+    problems: list[str] | None,
+) -> tuple[list[Node], str]:
+    """The nodes of one item of a trace, and the name of its value."""
+    if item.op == "call_module":
+        child, place = model.get_submodule(str(item.target)), ".".join(filter(None, (prefix, str(item.target))))
+        if type(child) in _IDENTITIES:
+            _refuse_hooks(child, place)
+            return [], _inputs(item, values, place, 1)[0]
+        inputs = _inputs(item, values, place, 2 if isinstance(child, Add) else 1)
+        if isinstance(child, Equilibrium):
+            return _equilibrium(child, place, inputs[0], names, problems)
+        return _leaf(child, place, inputs, names)
+    module = _function(item) if item.op in ("call_function", "call_method") else None
+    if module is None:
+        raise _unsupported(item, prefix)
+    inputs = _inputs(item, values, prefix, 2 if isinstance(module, Add) else 1)
+    return _leaf(module, f"{prefix}.{item.name}" if prefix else item.name, inputs, names)
+
+
+def _shares(item: fx.Node, model: nn.Module) -> bool:
+    """Whether the value may be a view of what the item reads."""
+    if item.op == "call_module":
+        child = model.get_submodule(str(item.target))
+        return type(child) in _IDENTITIES or isinstance(child, nn.Flatten)
+    return isinstance(_function(item), nn.Flatten)
 
 
 class _Memory:
@@ -181,7 +218,9 @@ def _overwrites(prefix: str, where: str = "") -> UnsupportedOperation:
     )
 
 
-def _in_place(item: fx.Node) -> bool:
+def _in_place(item: fx.Node, model: nn.Module) -> bool:
+    if item.op == "call_module":
+        return bool(getattr(model.get_submodule(str(item.target)), "inplace", False))
     if item.target is F.relu:
         return bool((*item.args, item.kwargs.get("inplace", False))[1])
     return item.target in (operator.iadd, torch.relu_, "relu_", "add_")
@@ -213,10 +252,12 @@ def _leaf(module: nn.Module, place: str, inputs: tuple[str, ...], names: set[str
     return [Node(name, module, inputs)], name
 
 
-def _equilibrium(layer: Equilibrium, place: str, source: str, names: set[str]) -> tuple[list[Node], str]:
+def _equilibrium(
+    layer: Equilibrium, place: str, source: str, names: set[str], problems: list[str] | None
+) -> tuple[list[Node], str]:
     """The nodes of the injection, then the equilibrium itself, which reads ``v``."""
     place = place or "equilibrium"
-    before, v = _trace(layer.injection, f"{place}.injection", source, names)
+    before, v = _trace(layer.injection, f"{place}.injection", source, names, problems)
     after, name = _leaf(layer, place, (v,), names)
     return before + after, name
 
