@@ -68,7 +68,7 @@ def record(
             box.lower[i].cpu().numpy(),
             box.upper[i].cpu().numpy(),
         )
-    claimed = max(0.0, margin - 2.0**-20 * min(1.0, margin))
+    claimed = max(0.0, margin * (1 - 2.0**-18))
     head = {
         "version": VERSION,
         "model": model,

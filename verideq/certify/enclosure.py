@@ -26,6 +26,10 @@ from verideq.errors import NoGaugeError
 
 REFINEMENTS = 20
 """Anytime-sound steps after a solver that was stopped early."""
+SPARE = 2.0**-44
+"""By how much a box is mapped into its inside, relative to its upper end."""
+FLOOR = 2.0**-900
+"""And by how much at least, where products underflow: far above `TINY` times any weight, far below any margin."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) ->
         anytime = box.intersect(Box(torch.zeros_like(top), torch.nextafter(reach, torch.full_like(reach, torch.inf))))
         for _ in range(REFINEMENTS):
             anytime = anytime.intersect(image(anytime))
+        anytime = _inflate(anytime, image(anytime), u, room)
         late = solution.converged.view(-1, *[1] * (middle.dim() - 1))
         box = Box(torch.where(late, box.lower, anytime.lower), torch.where(late, box.upper, anytime.upper))
     return Enclosure(box, solution.steps, solution.converged)
@@ -109,6 +114,8 @@ def _most(excess: Tensor) -> Tensor:
 
 def _inflate(guess: Box, image: Box, u: Tensor, room: Tensor) -> Box:
     excess = torch.maximum(image.upper - guess.upper, guess.lower - image.lower).clamp(min=0)
+    # Room for another rounding of the same map: a checker has its own.
+    excess = excess + (guess.upper * SPARE + FLOOR)
     reach = _most(excess / room) * u * (1 + 2.0**-51)
     infinity = torch.full((), torch.inf, dtype=reach.dtype, device=reach.device)
     lower = torch.nextafter(guess.lower - reach, -infinity).clamp(min=0)

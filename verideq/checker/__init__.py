@@ -109,7 +109,7 @@ class Checker:
                 claimed, proved = shown(claim.margin), shown(margin)
                 yield place, (False, f"the claimed margin {claimed} is not proved: {proved}", None)
             else:
-                yield place, (True, "", float(margin))
+                yield place, (True, "", float(min(margin, np.finfo(np.float64).max)))
 
     def _margins(self, claims: list[Claim]) -> tuple[Array, Array]:
         """The smallest margin of every claim, and whether all of its boxes hold: (batch,) each."""
