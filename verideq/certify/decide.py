@@ -310,35 +310,38 @@ def _attack(
     points, margins = attack(
         target, part.region, part.C, part.rhs, indices=part.indices, seed=budget.seed, stop=draft.late
     )
-    broken = (margins < 0) & part.region.contains(points)
-    if original is not None and bool(broken.any()):
-        # What breaks the stored numbers has to break the user's own model, in its own dtype, too.
-        deployed = _rows(original, points, part)
-        broken &= (deployed < 0).any(1)
-    proved = torch.zeros_like(broken)
+    found = (margins < 0) & part.region.contains(points)
+    # A witness is proved like a bound, and has to break the user's own model, in its own dtype, as well.
+    proved, deployed = torch.zeros_like(found), found
     if not prepared.missing:
         highest = run_method(prepared, Box(points, points), part.C, "interval", 1000).box.upper
-        proved = broken & (highest < part.rhs).any(1)
+        proved = found & (highest < part.rhs).any(1)
+    if original is not None and bool(found.any()):
+        deployed = found & (_rows(original, points, part) < 0).any(1)
     for k, i in enumerate(right):
+        verdict = draft.verdicts[i]
+        if verdict.certified and bool(proved[k]):
+            raise _inconsistency(verdict, points[k], int(part.indices[k]))
         # What is proved outweighs what is measured: close to a tie the attack's own numbers may say otherwise.
-        draft.set(i, attacked=not bool(broken[k]) or (draft.verdicts[i].certified and not bool(proved[k])))
-        if bool(proved[k]):
-            _falsify(draft, i, points[k], int(part.indices[k]))
-        elif bool(broken[k]) and draft.verdicts[i].status is Status.UNKNOWN:
-            found = "an attack changed the prediction, but this is measured and not proved"
-            draft.set(i, reason=f"{found}; {draft.verdicts[i].reason}")
+        draft.set(i, attacked=verdict.certified or not bool(deployed[k]))
+        if bool(proved[k] & deployed[k]):
+            reason = "a point of the region provably lacks the property"
+            draft.set(i, status=Status.FALSIFIED, witness=points[k].cpu().numpy(), reason=reason)
+        elif bool(found[k]) and verdict.status is Status.UNKNOWN:
+            seen = (
+                "breaks the stored numbers, but not the model as it runs"
+                if proved[k]
+                else "is measured, and not proved"
+            )
+            draft.set(i, reason=f"an attack found a point, which {seen}; {verdict.reason}")
 
 
-def _falsify(draft: _Draft, i: int, point: Tensor, index: int) -> None:
-    witness = point.cpu().numpy()
-    verdict = draft.verdicts[i]
-    if verdict.status is Status.CERTIFIED:
-        raise InconsistencyError(
-            f"sample {index} is certified at {verdict.norm} eps {verdict.eps} (margin {verdict.margin:.6g}) and broken "
-            "by a proved witness: one of the two is a bug; please report it with the saved files",
-            {"index": index, "verdict": verdict, "witness": witness},
-        )
-    draft.set(i, status=Status.FALSIFIED, witness=witness, reason="a point of the region provably lacks the property")
+def _inconsistency(verdict: Verdict, point: Tensor, index: int) -> InconsistencyError:
+    return InconsistencyError(
+        f"sample {index} is certified at {verdict.norm} eps {verdict.eps} (margin {verdict.margin:.6g}) and broken by "
+        "a proved witness: one of the two is a bug; please report it with the saved files",
+        {"index": index, "verdict": verdict, "witness": point.cpu().numpy()},
+    )
 
 
 @torch.no_grad()

@@ -204,13 +204,13 @@ def _check_file(file: Path, exact: bool, size: int = 64) -> Iterator[Outcome]:
         model, gauges = (folder / "model.safetensors").read_bytes(), (folder / "gauges.safetensors").read_bytes()
         checker = Checker(model, gauges, exact=exact)
         for count, payload in enumerate(records(file), 1):
-            if isinstance(payload, Rejected):
-                yield Outcome(name, count - 1, False, str(payload))
-            else:
+            if not isinstance(payload, Rejected):
                 waiting.append((count - 1, payload))
-            if len(waiting) == size:
+            if len(waiting) == size or isinstance(payload, Rejected):
                 yield from _outcomes(checker, name, waiting)
                 waiting = []
+            if isinstance(payload, Rejected):
+                yield Outcome(name, count - 1, False, str(payload))
     except (Rejected, OSError) as error:
         yield Outcome(name, -1, False, str(error))
         return

@@ -69,7 +69,6 @@ def optional(node: Node, name: str, size: int, default: Any) -> Array:
 def pair(node: Node, name: str, default: int | None = None) -> tuple[int, int]:
     """An argument that is one nonnegative integer or two."""
     value = node.arguments.get(name, default)
-    value = default if value is None else value
     values = [value, value] if isinstance(value, int) else value
     whole = isinstance(values, list) and len(values) == 2 and all(type(v) is int and 0 <= v < 2**16 for v in values)
     require(whole, f"{node.name}: the argument {name} = {value!r} makes no sense")
