@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -131,6 +133,13 @@ def test_verideq_check_is_the_same_program(small: Path, tmp_path: Path, capsys: 
     assert json.loads(capsys.readouterr().out)[0]["accepted"] is False
 
 
+def test_the_program_itself(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "argv", ["checker", str(small)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(inspect.getfile(main), run_name="__main__")
+    assert end.value.code == 0 and "4 accepted" in capsys.readouterr().out
+
+
 def test_calls_that_are_wrong(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as end:
         main([])
@@ -157,10 +166,10 @@ def test_the_bundled_model(tmp_path: Path) -> None:
         assert [o.margin for o in outcomes] == pytest.approx([v.margin for v in verdicts if v.certified], rel=1e-12)
         assert all(o.accepted for o in outcomes)
         # What is beyond the input and the boxes says what they are.
-        for record in records:
-            arrays = parse_blob(record).arrays
+        for payload in records:
+            arrays = parse_blob(payload).arrays
             assert set(arrays) > {"input"}
-            assert len(record) <= 768 + sum(array.nbytes for array in arrays.values())
+            assert len(payload) <= 768 + sum(array.nbytes for array in arrays.values())
 
 
 @settings(max_examples=60)
@@ -261,7 +270,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "average with its border": (image_model(nn.AvgPool2d(3, stride=2, padding=1, ceil_mode=True)), (2, 4, 4)),
     "average, overhanging": (image_model(nn.AvgPool2d(3, stride=2, ceil_mode=True)), (2, 4, 4)),
+    "average, a window beyond": (image_model(nn.AvgPool2d(2, stride=3, padding=1, ceil_mode=True)), (2, 4, 4)),
     "average by another number": (image_model(nn.AvgPool2d(2, 1, divisor_override=3)), (2, 4, 4)),
+    "average by a negative number": (image_model(nn.AvgPool2d(2, 1, divisor_override=-3)), (2, 4, 4)),
     "maximum": (image_model(nn.MaxPool2d(2)), (2, 4, 4)),
     "maximum, padded": (image_model(nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)), (2, 4, 4)),
     "maximum, dilated": (image_model(nn.MaxPool2d(2, 1, dilation=2), nn.ReLU()), (2, 4, 4)),
@@ -491,5 +502,5 @@ def test_a_sum_of_any_order() -> None:
 def test_the_root_is_a_bracket_at_every_scale() -> None:
     values = EXACT.exactly(np.array([5e-324, 1e-300, 2.0, 1e300]))
     lo, hi = EXACT.root((values, values))
-    assert (0 < lo).all() and (lo * lo <= values).all() and (values <= hi * hi).all()
+    assert (lo > 0).all() and (lo * lo <= values).all() and (values <= hi * hi).all()
     assert (hi - lo <= lo * Fraction(1, 2**190)).all()

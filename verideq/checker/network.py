@@ -72,12 +72,7 @@ def pair(node: Node, name: str, default: int | None = None) -> tuple[int, int]:
     values = [value, value] if isinstance(value, int) else value
     whole = isinstance(values, list) and len(values) == 2 and all(type(v) is int and 0 <= v < 2**16 for v in values)
     require(whole, f"{node.name}: the argument {name} = {value!r} makes no sense")
-    return int(values[0]), int(values[1])  # type: ignore[index]  # a list of two, or it was rejected
-
-
-def _columns(x: Array) -> Array:
-    """(batch, channels, rows, columns) with the channels last."""
-    return np.moveaxis(x, 1, -1)
+    return int(values[0]), int(values[1])
 
 
 def pads_of(node: Node, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -169,8 +164,9 @@ def _batch_norm(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     mean, variance = tensor(node, "running_mean", size), tensor(node, "running_var", size)
     weight = optional(node, "weight", size, arithmetic.one)
     shift = optional(node, "bias", size, arithmetic.zero)
-    eps = node.arguments.get("eps")
-    require(type(eps) in (int, float) and 0 <= eps < np.inf, f"{node.name}: eps = {eps!r} makes no sense")
+    eps: Any = node.arguments.get("eps")
+    if type(eps) not in (int, float) or not 0 <= eps < np.inf:
+        raise Rejected(f"{node.name}: eps = {eps!r} makes no sense")
     stored = arithmetic.exactly(np.full(size, float(eps)))
     deviation = arithmetic.root(arithmetic.add((variance, variance), (stored, stored)))
     return _scaled(arithmetic, x, mean, arithmetic.divide((weight, weight), deviation), shift)
@@ -237,10 +233,11 @@ def _avg_pool(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     counts = windows(pool.inside[None, None], pool.kernel, pool.stride, pool.dilation).sum((4, 5))
     override = node.arguments.get("divisor_override")
     if override is not None:
-        require(type(override) is int and 0 < override < 2**31, f"{node.name}: a wrong divisor")
-        counts = np.full_like(counts, override)
+        require(type(override) is int and 0 < abs(override) < 2**31, f"{node.name}: a wrong divisor")
+        counts = np.full_like(counts, abs(override))
     lo, hi = (pool.over(side, arithmetic.zero) for side in x)
-    return _mean(arithmetic, (lo, hi), arithmetic.exactly(counts))
+    lo, hi = _mean(arithmetic, (lo, hi), arithmetic.exactly(counts))
+    return (-hi, -lo) if override is not None and override < 0 else (lo, hi)
 
 
 def _mean(arithmetic: Arithmetic, x: Interval, counts: Array) -> Interval:
