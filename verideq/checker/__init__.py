@@ -31,6 +31,7 @@ class Outcome:
         accepted: the claim holds.
         reason: why not; empty if it does.
         margin: what the checker itself proved, where it got so far.
+        claim: what was claimed, in words, where it could be read.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Outcome:
     accepted: bool
     reason: str
     margin: float | None = None
+    claim: str = ""
 
 
 class Checker:
@@ -223,7 +225,18 @@ def _outcomes(checker: Checker, name: str, waiting: list[tuple[int, bytes]]) -> 
     verdicts: Mapping[int, tuple[bool, str, float | None]] = dict(
         zip((place for place, _ in waiting), checker.decide([payload for _, payload in waiting]), strict=True)
     )
-    return [Outcome(name, place, *verdict) for place, verdict in verdicts.items()]
+    claims = {place: spelled(payload) for place, payload in waiting}
+    return [Outcome(name, place, *verdict, claims[place]) for place, verdict in verdicts.items()]
+
+
+def spelled(payload: bytes) -> str:
+    """The claim of a record in words, or nothing where it cannot be read."""
+    try:
+        head = parse_blob(payload).head
+        what = "its C and rhs" if head["label"] is None else f"label {head['label']}"
+        return f"sample {head['index']}, {what}, {head['norm']} eps {head['eps']}"
+    except (Rejected, KeyError):
+        return ""
 
 
 def shown(value: float | Fraction) -> str:

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         for outcome in outcomes:
             place = f"{outcome.path}:{outcome.record}" if outcome.record >= 0 else outcome.path
-            said = f"margin {outcome.margin:.6g}" if outcome.accepted else outcome.reason
+            said = f"{outcome.claim}, margin {outcome.margin:.6g}" if outcome.accepted else outcome.reason
             print(f"{'ACCEPTED' if outcome.accepted else 'REJECTED'} {place}: {said}")
         print(f"{accepted} accepted, {len(outcomes) - accepted} rejected")
     return 0 if accepted == len(outcomes) else 1

@@ -81,15 +81,17 @@ class Float:
         return self.down(a[0] - b[1]), self.up(a[1] - b[0])
 
     def multiply(self, a: Interval, b: Interval) -> Interval:
-        """``a * b`` for intervals of any sign."""
+        """``a * b`` for intervals of any sign; an operand that was flushed to zero loses `TINY` times the other one."""
         products = [x * y for x in a for y in b]
-        return self.down(np.minimum.reduce(products)), self.up(np.maximum.reduce(products))
+        lost = 4 * TINY * (_size(a) + _size(b))
+        return self.down(np.minimum.reduce(products) - lost), self.up(np.maximum.reduce(products) + lost)
 
     def divide(self, a: Interval, b: Interval) -> Interval:
         """``a / b`` for a positive ``b``."""
         require((b[0] > 0).all(), "a divisor is not positive")
         quotients = [x / y for x in a for y in b]
-        return self.down(np.minimum.reduce(quotients)), self.up(np.maximum.reduce(quotients))
+        lost = 4 * TINY / b[0]
+        return self.down(np.minimum.reduce(quotients) - lost), self.up(np.maximum.reduce(quotients) + lost)
 
     def root(self, a: Interval) -> Interval:
         """``√a`` for a positive ``a``; the square root is correctly rounded."""
@@ -125,6 +127,11 @@ class Float:
         image = center @ matrix
         image = np.where(np.isfinite(image), image, np.nan)  # an overflow on the way says nothing about the sum
         return self.add((self.down(image - moved), self.up(image + moved)), shift)
+
+
+def _size(x: Interval) -> Array:
+    """The largest magnitude of each entry."""
+    return np.maximum(np.abs(x[0]), np.abs(x[1]))
 
 
 class Exact:
