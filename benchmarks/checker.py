@@ -3,8 +3,8 @@
     python benchmarks/checker.py [--out NAME]
 
 Two untrained models with images of the size of MNIST: a dense equilibrium of 128 units, and a convolutional one of 32
-channels on 14 x 14. Proving and checking the same batch are timed in turn; a record that is refused costs as much as one
-that is accepted, so nothing hangs on the models being trained.
+channels on 14 x 14. Proving and checking the same batch are timed in turn; a record that is refused costs as much as
+one that is accepted, so nothing hangs on the models being trained.
 """
 
 from __future__ import annotations
