@@ -1,4 +1,4 @@
-"""The gauge theorem (THEORY 1), parts 1 to 4 and the transformed layer, in exact arithmetic: no tolerance anywhere."""
+"""The gauge theorem (docs/theory.md), parts 1 to 4 and the transformed layer, in exact arithmetic."""
 
 from __future__ import annotations
 

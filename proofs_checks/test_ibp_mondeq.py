@@ -1,4 +1,4 @@
-"""Theorem 3.1 of Wei & Kolter (ICLR 2022) as THEORY 2 states it, for the weights that `IBPMonDEQ` gives."""
+"""Theorem 3.1 of Wei & Kolter (ICLR 2022) as docs/theory.md states it, for the weights that `IBPMonDEQ` gives."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_a_file_imports_only_from_the_floors_below(path: Path) -> None:
     if part == "checker":
         assert not others, "the checker shares no code with the prover"
         return
-    assert part in FLOOR_OF, f"verideq/{part} has no floor: add it to DESIGN and to this test"
+    assert part in FLOOR_OF, f"verideq/{part} has no floor: add it to docs/architecture.md and to this test"
     allowed = {name for name, floor in FLOOR_OF.items() if floor < FLOOR_OF[part]}
     if FLOOR_OF[part] in (FLOOR_OF["region"], FLOOR_OF["data"]):
         allowed |= FLOORS[FLOOR_OF[part]]

@@ -1,4 +1,4 @@
-"""A run and its folder: the files that INTERFACE.md promises, and the same lines after any interruption."""
+"""A run and its folder: the files that docs/run-folder.md promises, and the same lines after any interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases in which a plausible verifier certifies something false (THEORY 1, 3), and inputs that are never certified."""
+"""Cases in which a plausible verifier certifies something false, and inputs that are never certified."""
 
 from __future__ import annotations
 

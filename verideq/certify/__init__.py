@@ -1,4 +1,4 @@
-"""Bounds, verdicts, and runs over a data set (THEORY 1, 3)."""
+"""Bounds, verdicts, and runs over a data set (docs/theory.md)."""
 
 from verideq.certify.bound import METHODS, Prepared, bound, margin_rows, prepare
 from verideq.certify.decide import Budget, certify

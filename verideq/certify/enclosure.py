@@ -1,4 +1,4 @@
-"""A box that is sure to hold every equilibrium: any solver, one inflation along the gauge (THEORY 1.3, 1.4).
+"""A box that is sure to hold every equilibrium: any solver, one inflation along the gauge (docs/theory.md).
 
 Let ``u`` be a gauge with slack ``s``, and ``G`` the interval map of the layer, rounded outward. For any ``0 <= l <=
 h``, moved out by ``t u`` with ``t = max_i max(0, G_h - h, l - G_l)_i / s_i``,

@@ -1,4 +1,4 @@
-"""The equilibrium layer ``z* = relu(W z* + v)``: operators, solvers, gradients, gauge (THEORY 1, 6, 7)."""
+"""The equilibrium layer ``z* = relu(W z* + v)``: operators, solvers, gradients, gauge (docs/theory.md)."""
 
 from verideq.equilibrium.gauge import Gauge, gauge
 from verideq.equilibrium.gradients import Gradient, Implicit, Phantom

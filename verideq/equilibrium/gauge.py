@@ -1,6 +1,7 @@
 """The gauge of an equilibrium layer: one positive vector that proves it well-posed.
 
-**Gauge theorem** (THEORY 1). Let ``z = σ(W z + v)`` with ``σ`` nondecreasing and 1-Lipschitz, and let ``u > 0`` have
+**Gauge theorem** (docs/theory.md).
+Let ``z = σ(W z + v)`` with ``σ`` nondecreasing and 1-Lipschitz, and let ``u > 0`` have
 slack ``s = u - |W| u > 0``. Then, with ``q = max_i (|W|u)_i / u_i < 1``:
 
 1. for every ``v`` the equilibrium exists, is unique, and Picard iteration reaches it at rate ``q`` in

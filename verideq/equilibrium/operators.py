@@ -44,7 +44,7 @@ class Operator(Protocol):
         """The same operator with every stored tensor changed: another dtype or device, or cut off from autograd."""
 
     def solved(self) -> tuple[Operator, Tensor]:
-        """Every ReLU row solved for its own unknown (THEORY 1, "large negative diagonals").
+        """Every ReLU row solved for its own unknown (docs/theory.md, the transformed layer).
 
         ``z_i = relu(W_ii z_i + rest_i)`` and ``z_i = relu(rest_i / (1 - W_ii))`` have the same solutions for
         ``W_ii < 1``. Returns ``W̃ = (I - diag W)⁻¹ offdiag W`` and the row factor ``1 / (1 - diag W)``, shaped to
