@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -103,12 +104,15 @@ def test_a_line_a_record_and_the_exit_code(small: Path, tmp_path: Path, capsys: 
     assert [line.split(":")[0] for line in lines[:4]] == [f"ACCEPTED {small / 'records.bin'}"] * 4
     assert [line.split(":")[1] for line in lines[:4]] == ["0", "1", "2", "3"]
     assert all("margin" in line for line in lines[:4]) and lines[4] == "4 accepted, 0 rejected"
-    assert main([str(small), str(tmp_path / "nowhere")]) == 1
+    assert all(re.search(r"sample \d+, label \d, linf eps \d+/?\d*, margin", line) for line in lines[:4])
+    assert main([str(small), str(tmp_path)]) == 1
     last = capsys.readouterr().out.splitlines()[-2:]
     assert last == [
-        f"REJECTED {tmp_path / 'nowhere'}: there is no records.bin here or below",
+        f"REJECTED {tmp_path}: there is no records.bin here or below; a run keeps one with --certificates",
         "4 accepted, 1 rejected",
     ]
+    assert main([str(small), str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"error: there is no file or folder {tmp_path / 'nowhere'}\n"
 
 
 @pytest.mark.parametrize("place", [".", "..", "records.bin"])

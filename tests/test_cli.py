@@ -266,7 +266,7 @@ def test_an_interruption_exits_with_130(
 
     monkeypatch.setitem(METHODS, "impatient", impatient)
     assert run(["certify", str(digits_model), *QUICK, "--method", "impatient", "--out", "out", "--json"]) == 130
-    assert "--resume" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("repeat with --out out --resume\n")
 
 
 def test_a_model_without_a_gauge_is_unknown_and_no_error(here: Path, capsys: Capture) -> None:

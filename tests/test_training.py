@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import verideq
 from verideq.box import Box
 from verideq.certify import margin_rows
+from verideq.cli.main import run
 from verideq.data import Dataset, load
 from verideq.equilibrium import Equilibrium
 from verideq.errors import InputError, ModelError, RecipeError, ResumeError
@@ -450,3 +451,11 @@ def test_the_seed_decides_the_weights_and_leaves_nothing_else_to_chance() -> Non
     two, other = build(recipe, FEW).state_dict(), build(replace(recipe, seed=1), FEW).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_that_ends_before_its_ramp_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "short.toml"
+    recipe.write_text('eps = "0.1"\nepochs = 1\nnatural_epochs = 1\nramp_epochs = 4\n[options]\nwidth = 4\n')
+    assert run(["train", str(recipe), "--out", str(tmp_path / "out"), "--threads", "1"]) == 0
+    assert capsys.readouterr().err.count("the epochs end before the ramp of eps does, at 0 of 0.1") == 2
+    assert Recipe(epochs=5, natural_epochs=1, ramp_epochs=4).last_radius == Recipe().radius

@@ -103,6 +103,7 @@ def certify(
         InconsistencyError: an attack broke what a bound had certified.
     """
     prepared = prepare(model)
+    images, labels = torch.as_tensor(images), None if labels is None else torch.as_tensor(labels)
     budget = Budget(method, attack, max_steps, timeout=timeout, seed=seed, radius=radius, check=check)
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: give 1 or more")
@@ -202,6 +203,7 @@ def _predict(prepared: Prepared, task: Task, draft: _Draft) -> list[int]:
         outputs = values.center
     highest = elide(values, task.C, None, None).upper - task.rhs
     right = []
+    wrong_reason = "the model is wrong on the input itself" if task.by_label else "the input itself lacks the property"
     wrong, finite = (highest < 0).any(1).tolist(), outputs.isfinite().all(1).tolist()
     for i, prediction in enumerate(outputs.argmax(1).tolist()):
         if not finite[i]:
@@ -209,7 +211,7 @@ def _predict(prepared: Prepared, task: Task, draft: _Draft) -> list[int]:
             continue
         draft.set(i, prediction=prediction)
         if wrong[i]:
-            draft.set(i, status=Status.MISCLASSIFIED, reason="the centre lacks the property already")
+            draft.set(i, status=Status.MISCLASSIFIED, reason=wrong_reason)
         else:
             right.append(i)
     return right

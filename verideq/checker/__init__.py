@@ -194,7 +194,9 @@ def check(path: str | Path, *, exact: bool = False) -> list[Outcome]:
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.rglob("records.bin"))
     if not files:
-        return [Outcome(str(path), -1, False, "there is no records.bin here or below")]
+        return [
+            Outcome(str(path), -1, False, "there is no records.bin here or below; a run keeps one with --certificates")
+        ]
     return [outcome for file in files for outcome in _check_file(file, exact)]
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from verideq.checker import check
 
@@ -18,6 +19,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--exact", action="store_true", help="rational arithmetic: slow, for audits of small models")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     options = parser.parse_args(arguments)
+    absent = [path for path in options.paths if not Path(path).exists()]
+    if absent:
+        print(f"error: there is no file or folder {absent[0]}", file=sys.stderr)
+        return 2
     outcomes = [outcome for path in options.paths for outcome in check(path, exact=options.exact)]
     accepted = sum(outcome.accepted for outcome in outcomes)
     if options.json:

@@ -15,7 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from verideq.certify.decide import Budget
 from verideq.certify.run import Questions, Run
-from verideq.cli.options import Device, Json, Seed, Threads, Weights, choose_device, read_model, use_threads
+from verideq.cli.options import (
+    Device,
+    Interrupted,
+    Json,
+    Seed,
+    Threads,
+    Weights,
+    choose_device,
+    read_model,
+    use_threads,
+)
 from verideq.data import Dataset, load, parse_indices
 from verideq.errors import DataError, InputError
 from verideq.graph import trace
@@ -78,7 +88,10 @@ def certify(
     folder = out or Path("runs") / f"{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
     budget = Budget(method, attack, timeout=timeout, seed=seed, radius=radius, check=not no_check)
     run = Run(folder, network, name, questions, budget, batch_size, choose_device(device), certificates, sys.argv)
-    summary = _execute(run, resume, quiet=as_json)
+    try:
+        summary = _execute(run, resume, quiet=as_json)
+    except KeyboardInterrupt:
+        raise Interrupted(folder) from None
     return _finish(summary, dataset, folder, as_json)
 
 

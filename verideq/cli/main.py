@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 # Idle OpenMP threads that spin make a busy machine several times slower; this has to be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -18,6 +17,7 @@ import verideq
 from verideq.cli.certify import certify
 from verideq.cli.check import check
 from verideq.cli.inspect import inspect
+from verideq.cli.options import Interrupted
 from verideq.cli.report import report
 from verideq.cli.train import train
 from verideq.errors import InputError, VerideqError
@@ -48,11 +48,6 @@ def _options(
     """Formal verification of implicit layers."""
 
 
-def main() -> None:
-    """Run the command line and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
     """Run one command line; the exit code."""
     errors = Console(stderr=True, soft_wrap=True, emoji=False)
@@ -67,6 +62,9 @@ def run(arguments: list[str]) -> int:
         result = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         result = 130
+    except Interrupted as stop:
+        errors.print(str(stop), style="yellow", markup=False, highlight=False)
+        return 130
     except typer.TyperException as error:
         if message := error.format_message():  # none where help was printed
             complain(f"{message.rstrip('.')}; see verideq --help")
@@ -81,5 +79,5 @@ def run(arguments: list[str]) -> int:
         complain(f"{type(error).__name__}: {error}")
         return 1
     if result == 130:  # typer makes this of an interruption inside a command
-        errors.print("interrupted; what was finished is kept: repeat the command with --resume", style="yellow")
+        errors.print("interrupted", style="yellow")
     return result if isinstance(result, int) else 0

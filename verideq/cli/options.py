@@ -13,7 +13,7 @@ import torch
 import typer
 from torch import nn
 
-from verideq.errors import InputError, ModelError
+from verideq.errors import InputError, ModelError, VerideqError
 from verideq.graph import load_model, refuse_pickle
 from verideq.models import BUNDLED
 
@@ -27,6 +27,17 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; by default the c
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", metavar="N")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else.")]
+
+
+class Interrupted(VerideqError):
+    """Ctrl-C during a run that can be taken up again.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted; {folder} keeps what was finished: repeat with --out {folder} --resume")
 
 
 def use_threads(threads: int | None) -> None:

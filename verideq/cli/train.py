@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from verideq.cli.options import Device, Json, Threads, choose_device, use_threads
+from verideq.cli.options import Device, Interrupted, Json, Threads, choose_device, use_threads
 from verideq.training import Trainer, read_recipe
 
 
@@ -17,7 +17,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; see recipes/.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a key: epochs=5, options.width=64; repeatable.", metavar="KEY=VALUE"),
+        typer.Option("--set", help="Change a key: epochs=80, options.width=64; repeatable.", metavar="KEY=VALUE"),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the recipe with every default, and stop.")] = False,
     data: Annotated[str | None, typer.Option(help="Another data set than the recipe's.", metavar="NAME|PATH")] = None,
@@ -42,17 +42,30 @@ def train(
     console = Console(stderr=True, highlight=False, emoji=False, quiet=as_json)
     console.print(f"{len(trainer.labels)} samples, {trainer.steps} steps an epoch, {chosen.epochs} epochs; {folder}")
     last: dict[str, Any] = {}
+    short = chosen.epochs < chosen.natural_epochs + chosen.ramp_epochs
+    warning = (
+        f"warning: the epochs end before the ramp of eps does, at {chosen.last_radius:.3g} of {chosen.radius:.3g}; set "
+        "epochs or ramp_epochs for a model that is trained to be certified"
+    )
+    if short:
+        console.print(warning, style="yellow", soft_wrap=True)
 
     def report(line: dict[str, Any]) -> None:
         last.update(line)
         console.print(
-            f"epoch {line['epoch']:>3}/{chosen.epochs}  eps {line['eps']:.4f}  loss {line['loss']:.4f}  training error "
-            f"{line['train_error']:6.2%}  not certified {line['train_interval_error']:6.2%}  {line['seconds']:.1f} s"
+            f"epoch {line['epoch']:>3}/{chosen.epochs}  eps {line['eps']:<8.3g}  loss {line['loss']:<8.3g} "
+            f"error {line['train_error']:6.2%}  uncertified {line['train_interval_error']:6.2%}  "
+            f"{line['seconds']:.1f} s"
         )
 
-    path = trainer.run(report=report)
+    try:
+        path = trainer.run(report=report)
+    except KeyboardInterrupt:
+        raise Interrupted(folder) from None
     if as_json:
         typer.echo(json.dumps({"model": str(path), **last}))
     else:
+        if short:
+            console.print(warning, style="yellow", soft_wrap=True)
         console.print(f"{path}: the model; certify it: verideq certify {path} --data {chosen.data}", soft_wrap=True)
     return 0

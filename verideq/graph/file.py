@@ -48,7 +48,7 @@ def save_model(
     """
     graph = trace(model).check_finite()
     architecture, tensors = describe(graph)
-    _check_dtypes(tensors, Path(path))
+    _check_dtypes(tensors, path)
     if input_shape is not None:
         architecture["input_shape"] = list(input_shape)
     if pixel_range is not None:
@@ -63,7 +63,9 @@ def save_model(
 
 def model_bytes(model: nn.Module) -> bytes:
     """What `save_model` would write."""
-    return _encode(*describe(trace(model)))
+    architecture, tensors = describe(trace(model))
+    _check_dtypes(tensors, type(model).__name__)
+    return _encode(architecture, tensors)
 
 
 def _encode(architecture: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
@@ -208,10 +210,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return architecture, tensors
 
 
-def _check_dtypes(tensors: dict[str, Tensor], path: Path) -> None:
+def _check_dtypes(tensors: dict[str, Tensor], place: object) -> None:
     for name in sorted(tensors):
         if tensors[name].dtype not in (torch.float32, torch.float64):
             dtype = str(tensors[name].dtype).removeprefix("torch.")
             raise ModelError(
-                f"{path}: the tensor {name} is {dtype}; weights are float32 or float64: model.float() first"
+                f"{place}: the tensor {name} is {dtype}; weights are float32 or float64: model.float() first"
             )

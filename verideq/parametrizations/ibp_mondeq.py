@@ -104,10 +104,11 @@ class IBPMonDEQ(Parametrization):
             values, vectors = torch.linalg.eigh(symmetric[block][:, block])
             largest = float(values[-1])
             if not abs(largest - target) <= tolerance:
+                fitting = f"use m = {1 - largest:.6g}, or " if 0 < largest < 1 else "no m in (0, 1) fits: use "
                 raise ParametrizationError(
                     f"W is not of the form D^-1/2 M D^-1/2 at m = {float(self.m):.6g}: the largest eigenvalue of the "
                     f"symmetric part of |W| is {largest:.6g} in one block of units, and has to be "
-                    f"1 - m = {target:.6g}; use m = {1 - largest:.6g}, or IBPMonDEQ.apply on a fresh layer"
+                    f"1 - m = {target:.6g}; {fitting}IBPMonDEQ.apply on a fresh layer"
                 )
             vector[block] = vectors[:, -1].abs()
         scale = vector.to(W.dtype)

@@ -15,6 +15,7 @@ from typing import Any
 from verideq.errors import RecipeError
 from verideq.models.zoo import architecture_named
 from verideq.region import parse_eps, round_down
+from verideq.training.schedule import eps_at
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Recipe:
     def radius(self) -> float:
         """`eps` as a number."""
         return round_down(parse_eps(self.eps))
+
+    @property
+    def last_radius(self) -> float:
+        """The radius of the last step of a training run: less than `radius` where the epochs end before the ramp."""
+        return eps_at(self.epochs, natural=self.natural_epochs, ramp=self.ramp_epochs, final=self.radius)
 
     def toml(self) -> str:
         """The recipe in full, every default spelled out."""
