@@ -534,3 +534,21 @@ def test_everything_unsupported_is_listed_at_once() -> None:
         "layer.injection.1: GELU",
     ]
     assert unsupported(nn.Linear(2, 2)) == []
+
+
+@pytest.mark.parametrize(
+    ("forward", "hint"),
+    [
+        (lambda x: (x - 0.5) / 0.2, "use verideq.Normalize"),
+        (lambda x: x + 1, "a constant belongs into a bias"),
+        (lambda x: x.mean((2, 3)), r"use adaptive_avg_pool2d\(x, 1\)"),
+        (lambda x: torch.softmax(x, 1), "Leave it out"),
+    ],
+)
+def test_a_refusal_says_what_to_write_instead(forward: Callable[[Tensor], Tensor], hint: str) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(x)
+
+    with pytest.raises(UnsupportedOperation, match=hint):
+        trace(Model())

@@ -372,7 +372,23 @@ def _unsupported(item: fx.Node, prefix: str) -> UnsupportedOperation:
     if item.op == "get_attr":
         name = f"the bare parameter {name}"
     arguments = ", ".join(str(argument) for argument in item.args)
-    return UnsupportedOperation(f"{prefix or 'the model'}: {name}({arguments}) is not supported{where}. {_supported()}")
+    hint = _INSTEAD.get(name.lstrip("i"), "")
+    return UnsupportedOperation(
+        f"{prefix or 'the model'}: {name}({arguments}) is not supported{where}. {hint}{_supported()}"
+    )
+
+
+_NORMALISE = "To shift and scale the input use verideq.Normalize. "
+_INSTEAD = {
+    "sub": _NORMALISE,
+    "truediv": _NORMALISE,
+    "mul": _NORMALISE,
+    "add": "An add takes two values of one shape; a constant belongs into a bias. ",
+    "mean": "For the mean over an image use adaptive_avg_pool2d(x, 1). ",
+    "softmax": "Leave it out: it does not change which output is the largest. ",
+    "log_softmax": "Leave it out: it does not change which output is the largest. ",
+}
+"""What to write instead of an operation that is refused."""
 
 
 def _where(item: fx.Node) -> str:
