@@ -81,7 +81,10 @@ def test_1_the_layer_contracts_and_its_equilibrium_is_unique(problem: tuple) -> 
     W, u, v, other, z = problem
     q = max((abs(W) @ u) / u)
     assert q < 1
-    F = lambda x: relu(W @ x + v)  # noqa: E731
+
+    def F(x: np.ndarray) -> np.ndarray:
+        return relu(W @ x + v)
+
     assert norm(F(z) - F(other), u) <= q * norm(z - other, u)
     truth = equilibrium(W, v)
     iterate, start = zeros(len(u)), norm(truth, u)

@@ -28,8 +28,8 @@ REFINEMENTS = 20
 """Anytime-sound steps after a solver that was stopped early."""
 SPARE = 2.0**-44
 """By how much a box is mapped into its inside, relative to its upper end."""
-FLOOR = 2.0**-900
-"""And by how much at least, where products underflow: far above `TINY` times any weight, far below any margin."""
+FLOOR = 2.0**-1000
+"""And by how much at least, where products underflow: far above `TINY`, far below any margin."""
 
 
 @dataclass(frozen=True)
