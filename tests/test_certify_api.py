@@ -16,12 +16,13 @@ from torch import Tensor, nn
 import verideq
 from verideq.box import Box
 from verideq.certify import METHODS, Verdict, certify, prepare
-from verideq.certify.bound import Bounds, Prepared, interval
+from verideq.certify.bound import interval
+from verideq.certify.method import Bounds, Prepared, Query
 from verideq.certify.decide import Budget
 from verideq.certify.run import Questions, Run
 from verideq.certify.summary import REJECTED
 from verideq.data import load
-from verideq.equilibrium import Equilibrium, Solver
+from verideq.equilibrium import Equilibrium
 from verideq.errors import InconsistencyError, InputError, ModelError, RegionError, UnknownName, UnsupportedOperation
 from verideq.graph import Graph, load_model
 from verideq.status import Status
@@ -387,9 +388,9 @@ def test_outputs_that_overflow_are_an_error(images: Tensor, labels: Tensor) -> N
     assert set(statuses(verdicts)) == {Status.ERROR}
 
 
-def certify_everything(prepared: Prepared, box: Box, C: Tensor | None, solver: Solver) -> Bounds:
+def certify_everything(prepared: Prepared, query: Query) -> Bounds:
     """A bound with the worst bug that a bound can have."""
-    result = interval(prepared, box, C, solver)
+    result = interval(prepared, query)
     return Bounds(Box(result.box.lower.abs() + 1, result.box.upper.abs() + 2), result.steps)
 
 
@@ -442,10 +443,10 @@ def test_what_breaks_for_one_sample_costs_that_sample(
     # A pixel of the victim's box that no other sample has.
     mark = verideq.Region(images[victim : victim + 1], "0.02").box().lower
 
-    def fragile(prepared: Prepared, box: Box, C: Tensor | None, solver: Solver) -> Bounds:
-        if bool((box.lower == mark).flatten(1).all(1).any()):
+    def fragile(prepared: Prepared, query: Query) -> Bounds:
+        if bool((query.box.lower == mark).flatten(1).all(1).any()):
             raise error("a cosmic ray")
-        return interval(prepared, box, C, solver)
+        return interval(prepared, query)
 
     monkeypatch.setitem(METHODS, "fragile", fragile)
     found = certify(model, images, labels, "0.02", method="fragile")
@@ -460,8 +461,8 @@ def test_what_breaks_for_one_sample_costs_that_sample(
 def test_a_bound_that_is_no_pair_of_numbers_certifies_nothing(
     model: Graph, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch, ends: tuple[float, float]
 ) -> None:
-    def senseless(prepared: Prepared, box: Box, C: Tensor | None, solver: Solver) -> Bounds:
-        result = interval(prepared, box, C, solver)
+    def senseless(prepared: Prepared, query: Query) -> Bounds:
+        result = interval(prepared, query)
         lower, upper = (torch.full_like(result.box.lower, end) for end in ends)
         return Bounds(Box(lower, upper), result.steps)
 

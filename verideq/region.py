@@ -19,10 +19,10 @@ NORMS: tuple[str, ...] = get_args(Norm)
 Radius = int | float | str | Fraction
 
 
-def parse_eps(value: Radius) -> Fraction:
+def parse_eps(value: Radius, what: str = "eps") -> Fraction:
     """An exact radius from ``0.1``, ``"0.1"``, ``"8/255"`` or a `Fraction`.
 
-    A string is the rational that it spells; a float is the binary number that it is.
+    A string is the rational that it spells; a float is the binary number that it is. `what` it is called in errors.
 
     Raises:
         RegionError: it is negative, NaN, infinite, or no number.
@@ -39,9 +39,9 @@ def parse_eps(value: Radius) -> Fraction:
         else:
             eps = Fraction(value)
     except (ValueError, OverflowError, InvalidOperation, ZeroDivisionError, TypeError):
-        raise RegionError(f"eps {value!r} is not a finite number; write e.g. 0.1 or 8/255") from None
+        raise RegionError(f"{what} {value!r} is not a finite number; write e.g. 0.1 or 8/255") from None
     if eps < 0:
-        raise RegionError(f"eps {value!r} is negative; a radius is 0 or more")
+        raise RegionError(f"{what} {value!r} is negative; a radius is 0 or more")
     return eps
 
 

@@ -3,112 +3,20 @@ method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from verideq.box import Box, flushed, gamma, outward, peak, underflow
-from verideq.certify.certificate import gauge_file
+from verideq.certify.adjoint import adjoint, adjoint_refined
+from verideq.certify.certificate import Proof
 from verideq.certify.interval import Arithmetic, propagate
-from verideq.checker import Checker
-from verideq.equilibrium import Auto, Gauge, Solver, gauge
-from verideq.errors import InputError, ModelError, NoGaugeError, RegionError, UnknownName
-from verideq.graph import Graph, model_bytes, trace
+from verideq.certify.method import TOLERANCE, Bounds, Method, Prepared, Query, boxes_of, prepare
+from verideq.equilibrium import Auto
+from verideq.errors import InputError, RegionError, UnknownName
 from verideq.region import Region
-
-TOLERANCE = 1e-13
-"""The relative residual to which equilibria are solved for a proof: how tight it is, never whether it holds."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model made ready for proofs: its stored weights in float64, and a gauge for every equilibrium that has one.
-
-    Args:
-        graph: materialised, float64, evaluation mode.
-        gauges: by node name.
-        missing: why a layer has no gauge, by node name.
-        file: the model file of the stored weights, as they were when the model was prepared.
-    """
-
-    graph: Graph
-    gauges: Mapping[str, Gauge]
-    missing: Mapping[str, NoGaugeError] = field(default_factory=dict)
-    file: bytes = b""
-
-    @cached_property
-    def checker(self) -> Checker:
-        """The independent checker, with this model's file and gauges in it."""
-        return Checker(self.file, gauge_file(self.file, self.gauges))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next((t.device for t in [*self.graph.parameters(), *self.graph.buffers()]), torch.device("cpu"))
-
-    def require_gauges(self) -> None:
-        """Nothing, if every equilibrium has a gauge.
-
-        Raises:
-            NoGaugeError: the first layer without one.
-        """
-        for name, error in self.missing.items():
-            raise NoGaugeError(f"{name}: {error}", error.rate)
-
-
-def prepare(model: nn.Module | Prepared, device: torch.device | str | None = None) -> Prepared:
-    """Trace, materialise and look for gauges, once for any number of bounds.
-
-    Args:
-        model: a module of supported operations.
-        device: where to bound; ``None``: where the model's first parameter is.
-
-    Raises:
-        UnsupportedOperation: a node without a rule.
-        ModelError: NaN or infinite weights, or denormal ones where torch flushes these to zero.
-    """
-    if isinstance(model, Prepared):
-        return model
-    graph = trace(model).check_finite()
-    for node in graph.nodes:
-        for name, tensor in node.operation.state(node.module).items():
-            if bool(flushed(tensor).any()):
-                raise ModelError(
-                    f"{node.name}.{name} holds denormal numbers, which torch has been told to read as zero; call "
-                    "torch.set_flush_denormal(False) before bounding this model"
-                )
-    if device is None:
-        device = next((t.device for t in [*graph.parameters(), *graph.buffers()]), torch.device("cpu"))
-    frozen = graph.frozen(torch.float64, device)
-    gauges, missing = {}, {}
-    for name, layer in frozen.equilibria():
-        try:
-            gauges[name] = gauge(layer)
-        except NoGaugeError as error:
-            missing[name] = error
-    return Prepared(frozen, gauges, missing, model_bytes(graph))
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a method returns: the box, and what it took.
-
-    Args:
-        box: (batch, rows).
-        steps: (batch,) solver steps, zero without an equilibrium.
-        enclosures: of the equilibria by node name, (batch, *state): what a certificate is made of.
-    """
-
-    box: Box
-    steps: Tensor
-    enclosures: Mapping[str, Box] = field(default_factory=dict)
-
-
-Method = Callable[[Prepared, Box, Tensor | None, Solver], Bounds]
 
 
 def bound(
@@ -144,8 +52,18 @@ def bound(
     return run_method(prepare(model), region, C, method, max_steps).box
 
 
-def run_method(prepared: Prepared, region: Region | Box, C: Tensor | None, method: str, max_steps: int) -> Bounds:
-    """`bound`, with the steps that it took."""
+def run_method(
+    prepared: Prepared,
+    region: Region | Box,
+    C: Tensor | None,
+    method: str,
+    max_steps: int = 1000,
+    *,
+    rhs: Tensor | None = None,
+    tolerance: float = 0.0,
+    upper: bool = True,
+) -> Bounds:
+    """`bound`, with the steps that it took and a proof; see `Query`."""
     chosen = method_named(method)
     box = region.box() if isinstance(region, Region) else region
     if isinstance(region, Box) and bool((flushed(region.lower) | flushed(region.upper)).any()):
@@ -156,33 +74,39 @@ def run_method(prepared: Prepared, region: Region | Box, C: Tensor | None, metho
     box = Box(*(side.detach().to(prepared.device, torch.float64) for side in (box.lower, box.upper)))
     if not bool(box.sound().all()):
         raise RegionError("the box of inputs is crossed or holds NaN: lower <= upper is needed everywhere")
-    prepared.graph.check_input(box.lower)
+    outputs = prepared.graph.check_input(box.lower)
     if C is not None:
-        C = _specification(C, len(box.lower)).to(prepared.device)
+        C = _specification(C, len(box.lower), outputs).to(prepared.device)
+    balls = region if isinstance(region, Region) else None
+    solver = Auto(tol=TOLERANCE, max_steps=max_steps)
+    query = Query(box, balls, C, None if rhs is None else rhs.to(box.lower), solver, tolerance, upper)
     # cuDNN may choose a transform whose error is not bounded entry by entry.
     with torch.backends.cudnn.flags(enabled=False):
-        result = chosen(prepared, box, C, Auto(tol=TOLERANCE, max_steps=max_steps))
+        result = chosen(prepared, query)
     # Whatever is not an ordered pair of numbers is no bound.
     unknown = ~(result.box.lower <= result.box.upper)
     lower = torch.where(unknown, -torch.inf, result.box.lower)
     return replace(result, box=Box(lower, torch.where(unknown, torch.inf, result.box.upper)))
 
 
-def _specification(C: Tensor, batch: int) -> Tensor:
+def _specification(C: Tensor, batch: int, outputs: tuple[int, ...]) -> Tensor:
     C = C.detach().to(torch.float64)
     C = C.expand(batch, *C.shape) if C.dim() == 2 else C
     if C.dim() != 3 or len(C) != batch or not bool(C.isfinite().all()):
         raise InputError(
             f"C has to be finite, of shape (batch, rows, outputs) with batch {batch}; got {tuple(C.shape)}"
         )
+    if (C.shape[2],) != outputs:
+        raise InputError(f"C has {C.shape[2]} columns; the model has outputs of shape {outputs}")
     return C
 
 
 @torch.no_grad()
-def interval(prepared: Prepared, box: Box, C: Tensor | None, solver: Solver) -> Bounds:
+def interval(prepared: Prepared, query: Query) -> Bounds:
     """Interval bound propagation; a last linear layer and ``C`` are one linear map (elision)."""
     prepared.require_gauges()
-    arithmetic = Arithmetic(prepared.gauges, solver)
+    box, C = query.box, query.C
+    arithmetic = Arithmetic(prepared.gauges, query.solver, query.tolerance)
     last = prepared.graph.nodes[-1]
     if C is None:
         result = propagate(prepared.graph, box, arithmetic)
@@ -193,7 +117,9 @@ def interval(prepared: Prepared, box: Box, C: Tensor | None, solver: Solver) -> 
         outputs = propagate(prepared.graph, box, arithmetic)
         result = elide(outputs, C, None, None)
     steps = arithmetic.steps
-    return Bounds(result, torch.zeros(len(box.lower), dtype=torch.long) if steps is None else steps, arithmetic.boxes)
+    boxes = arithmetic.boxes
+    steps = torch.zeros(len(box.lower), dtype=torch.long) if steps is None else steps
+    return Bounds(result, steps, lambda i: Proof(boxes=boxes_of(boxes, i)))
 
 
 def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) -> Box:
@@ -228,7 +154,7 @@ def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) 
     return outward(times(rows, center) + shift, moved + lost)
 
 
-METHODS: dict[str, Method] = {"interval": interval}
+METHODS: dict[str, Method] = {"interval": interval, "adjoint": adjoint, "adjoint-refined": adjoint_refined}
 """Every bound method by name."""
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
 from verideq.attacks import attack_named
 from verideq.box import Box
-from verideq.certify.bound import Bounds, Prepared, elide, method_named, prepare, run_method
+from verideq.certify.bound import elide, method_named, run_method
 from verideq.certify.certificate import record
+from verideq.certify.method import Bounds, Prepared, prepare
 from verideq.certify.summary import REJECTED
 from verideq.certify.task import Task, specification
 from verideq.certify.verdict import Verdict
 from verideq.equilibrium import Auto, Implicit
 from verideq.errors import ConvergenceError, InconsistencyError, InputError, NoGaugeError
 from verideq.graph import evaluating
-from verideq.region import Radius, Region
+from verideq.region import Radius, Region, parse_eps, round_up
 from verideq.status import Status
 
 
@@ -35,6 +37,8 @@ class Budget:
         seed: of the attack's noise.
         radius: look for the largest certified radius of each sample too.
         check: have the independent checker accept a certificate of every sample before it is CERTIFIED.
+        tolerance: of the solver that will run the model, in units of the slack of each gauge: what it may be off by is
+            charged to every margin.
     """
 
     method: str = "auto"
@@ -44,12 +48,15 @@ class Budget:
     seed: int = 0
     radius: bool = False
     check: bool = True
+    tolerance: Fraction = Fraction(0)
 
     def __post_init__(self) -> None:
         method_named(self.method)
         attack_named(self.attack)
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout {self.timeout} is no time; give a number of seconds above 0")
+        if not self.tolerance >= 0:
+            raise InputError(f"deployed tolerance {self.tolerance} is negative; give 0 or more")
 
 
 def certify(
@@ -69,6 +76,7 @@ def certify(
     max_steps: int = 1000,
     radius: bool = False,
     check: bool = True,
+    deployed_tolerance: Radius = 0,
     batch_size: int = 64,
 ) -> list[Verdict]:
     """Decide for every image whether the model is robust on the ball around it.
@@ -92,6 +100,8 @@ def certify(
         max_steps: of the equilibrium solver.
         radius: look for the largest certified radius of each sample too.
         check: have the independent checker accept a certificate of every sample before it is CERTIFIED.
+        deployed_tolerance: of the solver that will run the model: it stops when ``|z - F(z)| <= tolerance * s``, ``s``
+            the slack of the gauge. 0: the margin is that of the exact equilibrium.
         batch_size: samples at a time; no verdict depends on it.
 
     Returns:
@@ -104,7 +114,10 @@ def certify(
     """
     prepared = prepare(model)
     images, labels = torch.as_tensor(images), None if labels is None else torch.as_tensor(labels)
-    budget = Budget(method, attack, max_steps, timeout=timeout, seed=seed, radius=radius, check=check)
+    tolerance = parse_eps(deployed_tolerance, "deployed tolerance")
+    budget = Budget(
+        method, attack, max_steps, timeout=timeout, seed=seed, radius=radius, check=check, tolerance=tolerance
+    )
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: give 1 or more")
     if images.dtype is torch.uint8:
@@ -220,7 +233,10 @@ def _predict(prepared: Prepared, task: Task, draft: _Draft) -> list[int]:
 def _prove(prepared: Prepared, part: Task, draft: _Draft, right: list[int], budget: Budget, method: str) -> None:
     """Bound the samples `right`, which are the rows of `part`."""
     try:
-        bounds = run_method(prepared, part.region, part.C, method, budget.max_steps)
+        tolerance = round_up(budget.tolerance)
+        bounds = run_method(
+            prepared, part.region, part.C, method, budget.max_steps, rhs=part.rhs, tolerance=tolerance, upper=False
+        )
     except NoGaugeError as error:
         for i in right:
             draft.set(i, method=method, reason=f"{error} (measured contraction rate {error.rate:.4g})")
@@ -241,7 +257,7 @@ def _prove(prepared: Prepared, part: Task, draft: _Draft, right: list[int], budg
             )
     proposed = [k for k, margin in enumerate(lower) if 0 < margin < math.inf]
     if budget.check and proposed:
-        _check(prepared, part, draft, right, proposed, bounds, lower)
+        _check(prepared, part, draft, right, proposed, bounds, lower, budget.tolerance)
 
 
 def _check(
@@ -252,10 +268,10 @@ def _check(
     proposed: list[int],
     bounds: Bounds,
     lower: list[float],
+    tolerance: Fraction,
 ) -> None:
     """Have the independent checker read a certificate of every sample that is about to be certified."""
     checker = prepared.checker
-    enclosures = {name: Box(box.lower.cpu(), box.upper.cpu()) for name, box in bounds.enclosures.items()}
     C, rhs = part.C.cpu().numpy(), part.rhs.cpu().numpy()
     payloads = [
         record(
@@ -263,11 +279,12 @@ def _check(
             int(part.indices[k]),
             part.region,
             k,
+            bounds.proof(k),
             label=int(part.labels[k]) if part.by_label and part.labels is not None else None,
             C=C[k],
             rhs=rhs[k],
             margin=lower[k],
-            enclosures=enclosures,
+            tolerance=tolerance,
         )
         for k in proposed
     ]
@@ -292,7 +309,8 @@ def _radii(prepared: Prepared, part: Task, budget: Budget, method: str) -> list[
     low, high = torch.zeros_like(part.rhs[:, 0]), torch.full_like(part.rhs[:, 0], span)
     for _ in range(14):
         middle = (low + high) / 2
-        bounds = run_method(prepared, region.box_of(middle.view(shape)), part.C, method, budget.max_steps)
+        box, tolerance = region.box_of(middle.view(shape)), round_up(budget.tolerance)
+        bounds = run_method(prepared, box, part.C, method, budget.max_steps, tolerance=tolerance, upper=False)
         held = (bounds.box.lower > part.rhs).all(1)
         low, high = torch.where(held, middle, low), torch.where(held, high, middle)
     return [float(value) for value in low.tolist()]

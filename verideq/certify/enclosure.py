@@ -66,11 +66,7 @@ def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) ->
     if not bool((room > 0).all()):
         raise NoGaugeError("the vector given as a gauge has a slack that is not positive", float((1 - room / u).max()))
     u, room = operator.spread_units(u), operator.spread_units(room)
-    center, radius = injection.ball()
-    # v / (1 - diag W): three roundings, on both sides of the product.
-    radius = spread(center, radius, 4) * factor + underflow(1, center, radius, factor)
-    center = center * factor
-
+    center, radius = _solved(injection, factor)
     system = System(operator, torch.stack((center, radius)))
     solution = fixed_point(system.stepper(), system.start(), solver)
     middle, half = solution.value
@@ -79,7 +75,8 @@ def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) ->
     absolute, units = operator.absolute(), operator.absolute_units()
 
     def image(box: Box) -> Box:
-        return _image(operator, absolute, units, center, radius, box)
+        moved = _rows(operator, absolute, units, center, radius, box)
+        return Box(moved.lower.clamp(min=0), moved.upper.clamp(min=0))
 
     box = _inflate(guess, image(guess), u, room)
     if not bool(solution.converged.all()):
@@ -94,16 +91,29 @@ def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) ->
     return Enclosure(box, solution.steps, solution.converged)
 
 
-def _image(operator: Operator, absolute: Operator, units: Tensor, center: Tensor, radius: Tensor, box: Box) -> Box:
-    """``G(box)`` with the injection ``center ± radius``, rounded outward."""
+@torch.no_grad()
+def pre_activations(layer: Equilibrium, injection: Box, box: Box) -> Box:
+    """``(Σ_{j≠i} W_ij z_j + v_i) / (1 - W_ii)`` for every ``z`` and ``v`` of two boxes, (batch, *features)."""
+    operator, factor = layer.operator().solved()
+    center, radius = _solved(injection, factor)
+    return _rows(operator, operator.absolute(), operator.absolute_units(), center, radius, box)
+
+
+def _solved(injection: Box, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """``v / (1 - diag W)`` as a ball: three roundings, on both sides of the product."""
+    center, radius = injection.ball()
+    return center * factor, spread(center, radius, 4) * factor + underflow(1, center, radius, factor)
+
+
+def _rows(operator: Operator, absolute: Operator, units: Tensor, center: Tensor, radius: Tensor, box: Box) -> Box:
+    """``W̃ box`` with the injection ``center ± radius``, rounded outward."""
     middle, half = box.ball()
     terms = operator.terms + 3  # a stored row of W̃ is three roundings away from the exact one
     g = gamma(terms)
     pushed = absolute.apply(spread(middle, half, terms))
     lost = underflow(terms, middle, half, units)
     total = pushed + radius * (1 + g) + g * center.abs() + lost
-    moved = outward(operator.apply(middle) + center, total)
-    return Box(moved.lower.clamp(min=0), moved.upper.clamp(min=0))
+    return outward(operator.apply(middle) + center, total)
 
 
 def _most(excess: Tensor) -> Tensor:

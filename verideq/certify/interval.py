@@ -28,14 +28,17 @@ class Arithmetic:
     Args:
         gauges: a gauge for every equilibrium, by node name.
         solver: how the pairs are searched for.
+        tolerance: of the deployed solver: what it hands on is within ``tolerance * u`` of the equilibrium.
 
-    Afterwards `steps` holds the solver steps by sample, and `boxes` the enclosure of every equilibrium by node name.
+    Afterwards `steps` holds the solver steps by sample, `boxes` the enclosure of every equilibrium by node name, and
+    `drifts` how far what is handed on may be from it, (1, *state), where a tolerance was given.
     """
 
-    def __init__(self, gauges: Mapping[str, Gauge], solver: Solver = Auto(tol=1e-13)) -> None:
-        self.gauges, self.solver = gauges, solver
+    def __init__(self, gauges: Mapping[str, Gauge], solver: Solver = Auto(tol=1e-13), tolerance: float = 0.0) -> None:
+        self.gauges, self.solver, self.tolerance = gauges, solver, tolerance
         self.steps: Tensor | None = None
         self.boxes: dict[str, Box] = {}
+        self.drifts: dict[str, Tensor] = {}
 
     def affine(
         self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor
@@ -82,7 +85,12 @@ class Arithmetic:
         enclosure = enclose(layer, self.gauges[node.name], box, self.solver)
         self.steps = enclosure.steps if self.steps is None else torch.maximum(self.steps, enclosure.steps)
         self.boxes[node.name] = enclosure.box
-        return enclosure.box
+        if not self.tolerance:
+            return enclosure.box
+        u = layer.operator().spread_units(self.gauges[node.name].u.to(box.lower))
+        drift = (u * self.tolerance * (1 + 2.0**-50) + TINY).expand(1, *box.lower.shape[1:])
+        self.drifts[node.name] = drift
+        return self.add(enclosure.box, Box(-drift, drift))
 
 
 Rule = Callable[[Arithmetic, Node, list[Box]], Box]

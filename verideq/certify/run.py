@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import verideq
-from verideq.certify.bound import TOLERANCE, Prepared, prepare
 from verideq.certify.certificate import framed, gauge_file
 from verideq.certify.decide import Budget, decide
+from verideq.certify.method import TOLERANCE, Prepared, prepare
 from verideq.certify.summary import summarise
 from verideq.certify.task import Task, specification
 from verideq.certify.verdict import Verdict
@@ -132,7 +132,12 @@ class Run:
             "check": self.budget.check,
             "certificates": self.certificates,
             "seed": self.budget.seed,
-            "tolerances": {"tol": TOLERANCE, "max_steps": self.budget.max_steps, "timeout": self.budget.timeout},
+            "tolerances": {
+                "tol": TOLERANCE,
+                "max_steps": self.budget.max_steps,
+                "timeout": self.budget.timeout,
+                "deployed": str(self.budget.tolerance),
+            },
             "batch_size": self.batch_size,
             "threads": torch.get_num_threads(),
             "device": str(self.device),

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from verideq.certify.bound import Prepared, margin_rows
+from verideq.certify.bound import margin_rows
+from verideq.certify.method import Prepared
 from verideq.errors import InputError
 from verideq.region import Region
 

@@ -1,24 +1,31 @@
 """A small program that reads a certificate and decides: numpy and the standard library, nothing else of verideq.
 
-Read in this order: `arithmetic` (the inclusion principle), `network` (a rule an operation), `proof` (the theorem, and
-what a record claims), `files` (bytes). `check` is the whole of it.
+Read in this order: `arithmetic` (the inclusion principle), `network` (a rule an operation) and `adjoint` (its
+transpose), `layers` (why an equilibrium is unique, and where it lies), `dual` and `quadratic` (the two bounds), `claim`
+(what a record says), `proof` (the pass through the network), `files` (bytes). `check` is the whole of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from verideq.checker.arithmetic import Arithmetic, Array, Exact, Float, Interval, Rejected, guarded, require
+from verideq.checker.arithmetic import Arithmetic, Array, Exact, Float, Rejected, guarded, require
+from verideq.checker.claim import Case, Claim, read_claim
 from verideq.checker.files import Blob, model_hash, parse_blob, records
+from verideq.checker.layers import Layer, layer
 from verideq.checker.network import Node, read_nodes
-from verideq.checker.proof import Claim, Contraction, apply, contraction, equilibrium, read_claim, region
+from verideq.checker.proof import least_margins
 
 __all__ = ["Checker", "Outcome", "check"]
+
+SIZE = 64
+"""Cases that are worked out together: what bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +49,27 @@ class Outcome:
     claim: str = ""
 
 
+Verdict = tuple[bool, str, float | None]
+"""Whether a claim holds, the reason if not, and the margin that was proved."""
+
+
 class Checker:
     """The claims about one model.
 
     Args:
         model: the bytes of the model file.
-        gauges: the bytes of the model certificate.
+        certificate: the bytes of the model certificate: why its equilibria are unique.
         exact: rational arithmetic instead of outward rounding.
 
     Raises:
         Rejected: a file that is not what it should be, or a certificate of another model.
     """
 
-    def __init__(self, model: bytes, gauges: bytes, *, exact: bool = False) -> None:
+    def __init__(self, model: bytes, certificate: bytes, *, exact: bool = False) -> None:
         self.arithmetic: Arithmetic = Exact() if exact else Float()
-        self._layers: dict[tuple[str, tuple[int, ...]], Contraction] = {}
+        self._layers: dict[tuple[str, tuple[int, ...]], Layer] = {}
         with guarded():
-            self._read(parse_blob(model), parse_blob(gauges))
+            self._read(parse_blob(model), parse_blob(certificate))
 
     def _read(self, blob: Blob, certificate: Blob) -> None:
         self.hash = model_hash(blob)
@@ -68,117 +79,100 @@ class Checker:
         self.nodes = read_nodes(blob, self.arithmetic)
         pixels = blob.head.get("pixel_range")
         self.pixels = None if pixels is None else (Fraction(pixels[0]), Fraction(pixels[1]))
-        self.gauges = {name.removeprefix("gauge/"): u for name, u in certificate.arrays.items()}
-        layers = {f"gauge/{node.name}" for node in self.nodes if node.kind == "equilibrium"}
-        for name, u in certificate.arrays.items():
-            require(name in layers, f"the array {name} of the model certificate has no meaning")
-            require(u.dtype == np.float64, f"{name} is not float64")
+        self._why: dict[str, dict[str, Array]] = {node.name: {} for node in self.nodes if node.kind == "equilibrium"}
+        for name, array in certificate.arrays.items():
+            kind, _, place = name.partition("/")
+            known = kind in ("gauge", "m", "L") and place in self._why
+            require(known, f"the array {name} of the model certificate has no meaning")
+            require(array.dtype == np.float64, f"{name} is not float64")
+            self._why[place][kind] = self.arithmetic.exactly(array)
 
-    def decide(self, payloads: list[bytes]) -> list[tuple[bool, str, float | None]]:
+    def layer(self, node: Node, state: tuple[int, ...]) -> Layer:
+        """The equilibrium of a node, proved unique once for states of a shape."""
+        if (node.name, state) not in self._layers:
+            self._layers[node.name, state] = layer(self.arithmetic, node, self._why[node.name], state)
+        return self._layers[node.name, state]
+
+    def decide(self, payloads: list[bytes]) -> list[Verdict]:
         """Whether each record's claim holds, the reason if not, and the margin that was proved."""
-        decided: dict[int, tuple[bool, str, float | None]] = {}
-        groups: dict[object, list[tuple[int, Claim]]] = {}
+        claims: dict[int, Claim] = {}
+        cases: dict[object, list[tuple[int, Case]]] = {}
+        reasons: dict[int, str] = {}
         for place, payload in enumerate(payloads):
             try:
                 with guarded():
                     claim = read_claim(parse_blob(payload), self.hash, self.pixels, self.arithmetic)
-                shapes = tuple((name, box[0].shape) for name, box in sorted(claim.suggestions.items()))
-                rows = None if claim.linear is None else claim.linear[0].shape
-                groups.setdefault((claim.center[0].shape, shapes, claim.refinements, rows), []).append((place, claim))
+                    for case in claim.cases(self._rows(claim)):
+                        cases.setdefault(_form(case), []).append((place, case))
+                claims[place] = claim
             except Rejected as reason:
-                decided[place] = (False, str(reason), None)
-        for group in groups.values():
-            for place, verdict in self._group(group):
-                decided[place] = verdict
-        return [decided[place] for place in range(len(payloads))]
+                reasons[place] = str(reason)
+        margins: dict[int, list[float | Fraction]] = {place: [] for place in claims}
+        for group in cases.values():
+            for start in range(0, len(group), SIZE):
+                wanted = [(place, case) for place, case in group[start : start + SIZE] if place not in reasons]
+                for place, margin in self._margins(wanted):
+                    if isinstance(margin, str):
+                        reasons.setdefault(place, margin)
+                    else:
+                        margins[place].append(margin)
+        return [
+            (False, reasons[place], None) if place in reasons else _verdict(claims[place], margins[place])
+            for place in range(len(payloads))
+        ]
 
-    def _group(self, group: list[tuple[int, Claim]]) -> Iterator[tuple[int, tuple[bool, str, float | None]]]:
-        """Claims of one shape at a time; what is wrong with one sample costs no other its answer."""
+    def _rows(self, claim: Claim) -> int | None:
+        """How many rows a claim's specification has, where the model file says so."""
+        if claim.linear is not None:
+            return len(claim.linear[0])
+        weight = self.nodes[-1].tensors.get("weight")
+        return len(weight) - 1 if self.nodes[-1].kind == "linear" and weight is not None else None
+
+    def _margins(self, group: list[tuple[int, Case]]) -> Iterator[tuple[int, Any]]:
+        """The least row of every case, or why there is none; what is wrong with one case costs no other its answer."""
+        if not group:
+            return
         try:
             with guarded():
-                lower, enclosed = self._margins([claim for _, claim in group])
+                least = least_margins(self.arithmetic, self.nodes, self.layer, [case for _, case in group])
         except Rejected as reason:
             if len(group) == 1:
-                yield group[0][0], (False, str(reason), None)
+                yield group[0][0], str(reason)
                 return
             for half in (group[: len(group) // 2], group[len(group) // 2 :]):
-                yield from self._group(half)
+                yield from self._margins(half)
             return
-        for (place, claim), margin, inside in zip(group, lower, enclosed, strict=True):
-            if not inside:
-                yield place, (False, "a box is not mapped into itself, or is crossed", None)
-            elif not (0 < margin < np.inf and Fraction(margin) >= claim.margin):
-                claimed, proved = shown(claim.margin), shown(margin)
-                yield place, (False, f"the claimed margin {claimed} is not proved: {proved}", None)
+        for (place, case), margin in zip(group, least, strict=True):
+            if margin != margin:  # NaN; a fraction may be beyond float64
+                yield place, "a box is not mapped into itself, or is crossed"
+            elif case.steps[-1].empty:
+                if not margin > 0:
+                    yield place, "a case that is said to be empty may not be"
             else:
-                yield place, (True, "", float(min(margin, np.finfo(np.float64).max)))
+                yield place, margin
 
-    def _margins(self, claims: list[Claim]) -> tuple[Array, Array]:
-        """The smallest margin of every claim, and whether all of its boxes hold: (batch,) each."""
-        regions = [region(claim, self.arithmetic) for claim in claims]
-        values = {"input": (np.stack([lo for lo, _ in regions]), np.stack([hi for _, hi in regions]))}
-        enclosed = np.ones(len(claims), dtype=bool)
-        used: set[str] = set()
-        last = self.nodes[-1]
-        elided = last.kind == "linear"
-        for node in self.nodes[: len(self.nodes) - elided]:
-            arguments = [values[name] for name in node.inputs]
-            if node.kind == "add":
-                require(arguments[0][0].shape == arguments[1][0].shape, f"{node.name}: a sum of two shapes")
-                values[node.name] = self.arithmetic.add(*arguments)
-            elif node.kind == "equilibrium":
-                values[node.name], holds = self._equilibrium(node, arguments[0], claims)
-                enclosed &= holds
-                used.add(node.name)
-            else:
-                values[node.name] = apply(self.arithmetic, node, arguments[0])
-        require(used >= set(claims[0].suggestions), "a box belongs to no equilibrium")
-        if elided:
-            return self._least(last, values[last.inputs[0]], claims), enclosed
-        identity = self.arithmetic.exactly(np.eye(values[last.name][0].shape[1]))
-        return self._least(replace(last, tensors={"weight": identity}), values[last.name], claims), enclosed
 
-    def _equilibrium(self, node: Node, v: Interval, claims: list[Claim]) -> tuple[Interval, Array]:
-        state = v[0].shape[1:]
-        if (node.name, state) not in self._layers:
-            require(
-                node.name in self.gauges,
-                f"{node.name}: there is no gauge, so nothing says that its equilibrium is unique",
-            )
-            u = self.arithmetic.exactly(self.gauges[node.name])
-            self._layers[node.name, state] = contraction(self.arithmetic, node, u, state)
-        suggested = None
-        if node.name in claims[0].suggestions:
-            boxes = [claim.suggestions[node.name] for claim in claims]
-            suggested = np.stack([lo for lo, _ in boxes]), np.stack([hi for _, hi in boxes])
-        return equilibrium(self.arithmetic, self._layers[node.name, state], v, suggested, claims[0].refinements)
+def _form(case: Case) -> object:
+    """What cases have in common that are worked out together."""
+    claim = case.claim
+    boxes = tuple((name, box[0].shape) for name, box in sorted(claim.boxes.items()))
+    states = tuple((name, state.shape) for name, state in sorted(claim.states.items()))
+    rows = None if claim.linear is None else len(claim.linear[0])
+    count = rows if case.rows is None else len(case.rows)
+    return (
+        claim.center[0].shape, claim.norm, claim.tolerance, claim.refinements, boxes, states, count,
+        tuple(step.form for step in case.steps),
+    )  # fmt: skip
 
-    def _least(self, node: Node, z: Interval, claims: list[Claim]) -> Array:
-        """The smallest row of ``C (V z + b) - rhs`` for each claim, ``C V`` one matrix; (batch,)."""
-        weight, calc = node.tensors.get("weight"), self.arithmetic
-        if weight is None or weight.ndim != 2 or z[0].shape[1:] != weight.shape[1:]:
-            raise Rejected(f"{node.name}: its weight does not fit its input")
-        outputs = len(weight)
-        bias = node.tensors.get("bias", np.full(outputs, calc.zero, dtype=weight.dtype))
-        require(bias.shape == (outputs,), f"{node.name}: the bias has a wrong shape")
-        if claims[0].linear is None:
-            own = np.array([claim.label for claim in claims])
-            require(outputs >= 2 and (own < outputs).all(), "a label is no class of the model")
-            others = (own[:, None] + np.arange(1, outputs)) % outputs
-            # The rounded difference of two rows is one more rounding of each product, which `affine` has room for.
-            matrix, error = np.swapaxes(weight[own][:, None] - weight[others], 1, 2), None
-            shift = calc.subtract((bias[own][:, None, None],) * 2, (bias[others][:, None],) * 2)
-        else:
-            C = np.stack([claim.linear[0] for claim in claims if claim.linear is not None])
-            rhs = np.stack([claim.linear[1] for claim in claims if claim.linear is not None])[:, None]
-            require(C.shape[2] == outputs, "C has not one column an output")
-            rows, error = calc.compose(C, weight)
-            matrix, error = np.swapaxes(rows, 1, 2), None if error is None else np.swapaxes(error, 1, 2)
-            zero = np.full((1, 1, len(bias)), calc.zero, dtype=bias.dtype)
-            shift = calc.affine((zero + bias, zero + bias), np.swapaxes(C, 1, 2), (-rhs, -rhs))
-        lower = calc.affine((z[0][:, None], z[1][:, None]), matrix, shift, error)[0]
-        least: Array = lower.reshape(len(claims), -1).min(1)
-        return least
+
+def _verdict(claim: Claim, margins: list[float | Fraction]) -> Verdict:
+    """The least of the margins, if it is what was claimed. A ball all of whose parts are empty is no ball."""
+    if not margins:
+        return False, "nothing is claimed of any input", None
+    margin = min(margins)
+    if not (0 < margin < np.inf and Fraction(margin) >= claim.margin):
+        return False, f"the claimed margin {shown(claim.margin)} is not proved: {shown(margin)}", None
+    return True, "", float(min(margin, np.finfo(np.float64).max))
 
 
 def check(path: str | Path, *, exact: bool = False) -> list[Outcome]:
@@ -200,7 +194,7 @@ def check(path: str | Path, *, exact: bool = False) -> list[Outcome]:
     return [outcome for file in files for outcome in _check_file(file, exact)]
 
 
-def _check_file(file: Path, exact: bool, size: int = 64) -> Iterator[Outcome]:
+def _check_file(file: Path, exact: bool, size: int = SIZE) -> Iterator[Outcome]:
     name, folder = str(file), file.parent
     count = 0
     waiting: list[tuple[int, bytes]] = []
@@ -224,7 +218,7 @@ def _check_file(file: Path, exact: bool, size: int = 64) -> Iterator[Outcome]:
 
 
 def _outcomes(checker: Checker, name: str, waiting: list[tuple[int, bytes]]) -> Iterable[Outcome]:
-    verdicts: Mapping[int, tuple[bool, str, float | None]] = dict(
+    verdicts: Mapping[int, Verdict] = dict(
         zip((place for place, _ in waiting), checker.decide([payload for _, payload in waiting]), strict=True)
     )
     claims = {place: spelled(payload) for place, payload in waiting}

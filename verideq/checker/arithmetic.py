@@ -42,6 +42,7 @@ def gamma(terms: int) -> float:
 class Float:
     """Outward-rounded float64."""
 
+    kind: type = np.float64
     zero: Any = 0.0
     one: Any = 1.0
 
@@ -49,6 +50,11 @@ class Float:
     def exactly(stored: Array) -> Array:
         """Stored numbers as they are: float32 is float64 exactly."""
         return stored.astype(np.float64)
+
+    @staticmethod
+    def nearly(x: Interval) -> Array:
+        """A float64 somewhere near: for guesses, never for a bound."""
+        return 0.5 * x[0] + 0.5 * x[1]
 
     @staticmethod
     def rational(value: Fraction) -> tuple[Any, Any]:
@@ -98,12 +104,6 @@ class Float:
         require((a[0] > 0).all(), "a variance plus eps is not positive")
         return np.maximum(self.down(np.sqrt(a[0])), 0.0), self.up(np.sqrt(a[1]))
 
-    def compose(self, a: Array, b: Array) -> tuple[Array, Array | None]:
-        """``a @ b`` rounded, and a bound of the error of every entry."""
-        g, size = gamma(a.shape[-1]), np.abs(a) @ np.abs(b)
-        largest = 2 + np.abs(a).max((-2, -1), keepdims=True, initial=0.0) + np.abs(b).max(initial=0.0)
-        return a @ b, g * (1 + g) * size + 8 * TINY * (a.shape[-1] + SLACK) * largest
-
     def affine(self, x: Interval, matrix: Array, shift: Interval, error: Array | None = None) -> Interval:
         """``A x + b``: ``x`` (..., n), the matrix (n, m) or one a sample (batch, n, m), the shift broadcastable to
         (..., m).
@@ -120,6 +120,7 @@ class Float:
         moved = (radius * (1 + g) + g * np.abs(center)) @ size
         if error is not None:
             moved = moved + (np.abs(center) + radius) * (1 + g) @ error
+            size = np.maximum(size, error)
         # By row of x, and by sample of the matrix: a sample's huge numbers, or NaN, charge no other.
         largest = 2 + size.max((-2, -1), keepdims=True, initial=0.0)
         largest = largest + (np.abs(center) + radius).max(-1, keepdims=True, initial=0.0)
@@ -138,6 +139,7 @@ class Exact:
     """Rational numbers: nothing is rounded but square roots, which are bracketed to 200 bits of their own size."""
 
     BITS = 200
+    kind: type = object
     zero: Any = Fraction(0)
     one: Any = Fraction(1)
 
@@ -148,6 +150,12 @@ class Exact:
         out = np.empty(len(flat), dtype=object)
         out[:] = flat
         return out.reshape(stored.shape)
+
+    @staticmethod
+    def nearly(x: Interval) -> Array:
+        """A float64 near, see `Float.nearly`."""
+        middle: Array = ((x[0] + x[1]) / 2).astype(np.float64)
+        return middle
 
     @staticmethod
     def rational(value: Fraction) -> tuple[Any, Any]:
@@ -184,18 +192,46 @@ class Exact:
         bracket = np.frompyfunc(near, 2, 1)
         return bracket(a[0], 0), bracket(a[1], 1)
 
-    def compose(self, a: Array, b: Array) -> tuple[Array, Array | None]:
-        """``a @ b``."""
-        return a @ b, None
-
     def affine(self, x: Interval, matrix: Array, shift: Interval, error: Array | None = None) -> Interval:
         """``A x + b``, see `Float.affine`: ``U⁺ lo + U⁻ hi + b`` below, ``U⁺ hi + U⁻ lo + b`` above."""
-        positive, negative = np.maximum(matrix, self.zero), np.minimum(matrix, self.zero)
+        plus, minus = np.maximum(matrix, self.zero), np.minimum(matrix, self.zero)
         lo, hi = x
-        return self.add((lo @ positive + hi @ negative, hi @ positive + lo @ negative), shift)
+        moved = self.zero if error is None else _size(x) @ error
+        return self.add((lo @ plus + hi @ minus - moved, hi @ plus + lo @ minus + moved), shift)
 
 
 Arithmetic = Float | Exact
+
+
+def constant(calc: Arithmetic, value: Any, *shape: int) -> Interval:
+    """One number everywhere, as an interval of no width."""
+    array: Array = np.full(shape, value, dtype=calc.kind)
+    return array, array
+
+
+def number(calc: Arithmetic, value: Fraction) -> Interval:
+    """A rational, as an interval of shape (1,)."""
+    low, high = calc.rational(value)
+    return np.array([low], dtype=calc.kind), np.array([high], dtype=calc.kind)
+
+
+def total(calc: Arithmetic, x: Interval) -> Interval:
+    """The sum over the last axis."""
+    ones = np.full((x[0].shape[-1], 1), calc.one, dtype=calc.kind)
+    lo, hi = calc.affine(x, ones, constant(calc, calc.zero, 1))
+    return lo[..., 0], hi[..., 0]
+
+
+def product(calc: Arithmetic, a: Interval, b: Interval) -> Interval:
+    """``a @ b`` for interval matrices: ``b`` as a matrix and what it may be off by."""
+    matrix, error = centred(calc, b)
+    return calc.affine(a, matrix, constant(calc, calc.zero, 1), error)
+
+
+def centred(calc: Arithmetic, x: Interval) -> tuple[Array, Array]:
+    """An array, and how far the interval reaches from it, entry by entry."""
+    middle = calc.exactly(calc.nearly(x))
+    return middle, np.maximum(calc.subtract(x, (middle, middle))[1], calc.subtract((middle, middle), x)[1])
 
 
 class Rejected(Exception):

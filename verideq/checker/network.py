@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from verideq.checker.arithmetic import Arithmetic, Array, Interval, Rejected, require
+from verideq.checker.arithmetic import Arithmetic, Array, Interval, Rejected, constant, require
 from verideq.checker.files import Blob
 
 Tensors = Mapping[str, Array]
@@ -38,7 +38,7 @@ def read_nodes(model: Blob, arithmetic: Arithmetic) -> list[Node]:
             arguments = dict(entry["attributes"])
         except (KeyError, TypeError, ValueError) as error:
             raise Rejected("a node of the model is not described") from error
-        require(kind in RULES, f"{name}: the operation {kind!r} is not known")
+        require(kind in TENSORS, f"{name}: the operation {kind!r} is not known")
         require(name not in known and set(inputs) <= known, f"{name}: its inputs are not defined before it")
         require(len(inputs) == (2 if kind == "add" else 1), f"{name}: a wrong number of inputs")
         require(left.issuperset(keys), f"{name}: a tensor is missing")
@@ -137,30 +137,24 @@ def _conv2d(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     return lo, hi
 
 
-def _scaled(arithmetic: Arithmetic, x: Interval, mean: Array, scale: Interval, shift: Array) -> Interval:
+@dataclass(frozen=True)
+class Scaling:
     """``(x - mean) * scale + shift`` by channel (axis 1)."""
-    shape = (1, -1, *[1] * (x[0].ndim - 2))
-    mean, shift = mean.reshape(shape), shift.reshape(shape)
-    centred = arithmetic.subtract(x, (mean, mean))
-    return arithmetic.add(
-        arithmetic.multiply(centred, (scale[0].reshape(shape), scale[1].reshape(shape))), (shift, shift)
-    )
+
+    mean: Array
+    scale: Interval
+    shift: Array
 
 
-def _normalize(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
-    size = x[0].shape[1]
-    mean, std = node.tensors.get("mean"), node.tensors.get("std")
-    require(
-        mean is not None and std is not None and mean.shape == std.shape, f"{node.name}: mean and std differ in shape"
-    )
-    require(mean.shape in ((1,), (size,)), f"{node.name}: mean has shape {mean.shape}")  # type: ignore[union-attr]  # above
-    mean, std = np.broadcast_to(mean, (size,)), np.broadcast_to(std, (size,))  # type: ignore[arg-type]  # likewise
-    one = np.array([arithmetic.one] * size)
-    return _scaled(arithmetic, x, mean, arithmetic.divide((one, one), (std, std)), np.array([arithmetic.zero] * size))
-
-
-def _batch_norm(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
-    size = x[0].shape[1]
+def scaling(arithmetic: Arithmetic, node: Node, size: int) -> Scaling:
+    """What a normalisation or a batch norm of `size` channels does in evaluation."""
+    if node.kind == "normalize":
+        mean, std = node.tensors.get("mean"), node.tensors.get("std")
+        if mean is None or std is None or mean.shape != std.shape or mean.shape not in ((1,), (size,)):
+            raise Rejected(f"{node.name}: mean and std have wrong shapes")
+        mean, std = np.broadcast_to(mean, (size,)), np.broadcast_to(std, (size,))
+        one = np.array([arithmetic.one] * size)
+        return Scaling(mean, arithmetic.divide((one, one), (std, std)), np.array([arithmetic.zero] * size))
     mean, variance = tensor(node, "running_mean", size), tensor(node, "running_var", size)
     weight = optional(node, "weight", size, arithmetic.one)
     shift = optional(node, "bias", size, arithmetic.zero)
@@ -169,11 +163,20 @@ def _batch_norm(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
         raise Rejected(f"{node.name}: eps = {eps!r} makes no sense")
     stored = arithmetic.exactly(np.full(size, float(eps)))
     deviation = arithmetic.root(arithmetic.add((variance, variance), (stored, stored)))
-    return _scaled(arithmetic, x, mean, arithmetic.divide((weight, weight), deviation), shift)
+    return Scaling(mean, arithmetic.divide((weight, weight), deviation), shift)
 
 
-def _relu(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
-    return np.maximum(x[0], arithmetic.zero), np.maximum(x[1], arithmetic.zero)
+def by_channel(values: Array, axes: int) -> Array:
+    """(channels,) as (1, channels, 1, ...) with so many axes."""
+    return values.reshape(1, -1, *[1] * (axes - 2))
+
+
+def _scale(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
+    axes = x[0].ndim
+    how = scaling(arithmetic, node, x[0].shape[1])
+    mean, shift = by_channel(how.mean, axes), by_channel(how.shift, axes)
+    scale = by_channel(how.scale[0], axes), by_channel(how.scale[1], axes)
+    return arithmetic.add(arithmetic.multiply(arithmetic.subtract(x, (mean, mean)), scale), (shift, shift))
 
 
 def _flatten(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
@@ -201,20 +204,19 @@ class Pool:
         return windows(padded(x, self.pads, "constant", fill), self.kernel, self.stride, self.dilation)
 
 
-def _pool(node: Node, x: Interval) -> Pool:
-    require(x[0].ndim == 4, f"{node.name}: its input is no image")
+def _pool(node: Node, size: tuple[int, ...]) -> Pool:
     kernel, dilation, padding = pair(node, "kernel_size"), pair(node, "dilation", 1), pair(node, "padding", 0)
     stride = pair(node, "stride") if node.arguments.get("stride") is not None else kernel
     require(min(kernel) > 0 and min(stride) > 0 and min(dilation) > 0, f"{node.name}: an empty window")
     overhang = [0, 0]
     if node.arguments.get("ceil_mode"):
         for axis in (0, 1):
-            size, span = x[0].shape[2 + axis] + 2 * padding[axis], dilation[axis] * (kernel[axis] - 1) + 1
-            outputs = -((span - size) // stride[axis]) + 1
-            if (outputs - 1) * stride[axis] >= x[0].shape[2 + axis] + padding[axis]:
+            length, span = size[axis] + 2 * padding[axis], dilation[axis] * (kernel[axis] - 1) + 1
+            outputs = -((span - length) // stride[axis]) + 1
+            if (outputs - 1) * stride[axis] >= size[axis] + padding[axis]:
                 outputs -= 1  # a window that starts beyond the image and its left border does not count
-            overhang[axis] = max(0, (outputs - 1) * stride[axis] + span - size)
-    inside = np.ones(x[0].shape[2:])
+            overhang[axis] = max(0, (outputs - 1) * stride[axis] + span - length)
+    inside = np.ones(size)
     border = ((padding[0],) * 2, (padding[1],) * 2)
     inside = np.pad(inside, border, constant_values=1.0 if node.arguments.get("count_include_pad", True) else 0.0)
     inside = np.pad(inside, ((0, overhang[0]), (0, overhang[1])))
@@ -223,53 +225,76 @@ def _pool(node: Node, x: Interval) -> Pool:
 
 
 def _max_pool(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
-    pool = _pool(node, x)
+    require(x[0].ndim == 4, f"{node.name}: its input is no image")
+    pool = _pool(node, x[0].shape[2:])
     lo, hi = (pool.over(side, -np.inf).max((4, 5)) for side in x)
     return lo, hi
 
 
-def _avg_pool(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
-    pool = _pool(node, x)
-    counts = windows(pool.inside[None, None], pool.kernel, pool.stride, pool.dilation).sum((4, 5))
-    override = node.arguments.get("divisor_override")
-    if override is not None:
-        require(type(override) is int and 0 < abs(override) < 2**31, f"{node.name}: a wrong divisor")
-        counts = np.full_like(counts, abs(override))
-    lo, hi = (pool.over(side, arithmetic.zero) for side in x)
-    lo, hi = _mean(arithmetic, (lo, hi), arithmetic.exactly(counts))
-    return (-hi, -lo) if override is not None and override < 0 else (lo, hi)
+@dataclass(frozen=True)
+class Average:
+    """Sums over windows of rows and columns, divided: both average poolings.
+
+    Args:
+        rows, columns: (size, outputs), 1 where a window covers a line of the image.
+        counts: (rows of windows, columns of windows), what each sum is divided by.
+        sign: -1 for a negative divisor.
+    """
+
+    rows: Array
+    columns: Array
+    counts: Array
+    sign: int = 1
+
+    def divide(self, arithmetic: Arithmetic, x: Interval) -> Interval:
+        """Every window's sum by its count."""
+        lo, hi = arithmetic.divide(x, (self.counts, self.counts))
+        return (lo, hi) if self.sign > 0 else (-hi, -lo)
 
 
-def _mean(arithmetic: Arithmetic, x: Interval, counts: Array) -> Interval:
-    """The sum over the last two axes, divided by `counts`."""
-    flat = (x[0].reshape(*x[0].shape[:4], -1), x[1].reshape(*x[1].shape[:4], -1))
-    zero, ones = np.array([arithmetic.zero]), arithmetic.exactly(np.ones((flat[0].shape[4], 1)))
-    lo, hi = arithmetic.affine(flat, ones, (zero, zero))
-    return arithmetic.divide((lo[..., 0], hi[..., 0]), (counts, counts))
+def average(arithmetic: Arithmetic, node: Node, size: tuple[int, ...]) -> Average:
+    """The windows of an average pooling over images of this size, (rows, columns)."""
+    if node.kind == "avg_pool2d":
+        pool = _pool(node, size)
+        counts = windows(pool.inside[None, None], pool.kernel, pool.stride, pool.dilation).sum((4, 5))[0, 0]
+        override, sign = node.arguments.get("divisor_override"), 1
+        if override is not None:
+            require(type(override) is int and 0 < abs(override) < 2**31, f"{node.name}: a wrong divisor")
+            counts, sign = np.full_like(counts, abs(override)), 1 if override > 0 else -1
+        lines = []
+        for axis in (0, 1):
+            starts = np.arange(counts.shape[axis]) * pool.stride[axis] - pool.pads[2 * axis]
+            place = np.arange(size[axis])[:, None]
+            lines.append(((starts <= place) & (place < starts + pool.kernel[axis])).astype(np.float64))
+    else:
+        asked = node.arguments.get("output_size")
+        asked = asked if isinstance(asked, list) else [asked, asked]
+        require(len(asked) == 2, f"{node.name}: it has no two axes")
+        lines, sign = [_cells(length, count) for length, count in zip(size, asked, strict=True)], 1
+        counts = np.outer(lines[0].sum(0), lines[1].sum(0))
+    return Average(arithmetic.exactly(lines[0]), arithmetic.exactly(lines[1]), arithmetic.exactly(counts), sign)
 
 
-def _adaptive(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
+def lines(arithmetic: Arithmetic, x: Interval, rows: Array, columns: Array) -> Interval:
+    """A matrix on the rows of each image and one on its columns: (..., h, w) with (h, h') and (w, w')."""
+    zero = constant(arithmetic, arithmetic.zero, 1)
+    lo, hi = arithmetic.affine(x, columns, zero)
+    lo, hi = arithmetic.affine((np.swapaxes(lo, -1, -2), np.swapaxes(hi, -1, -2)), rows, zero)
+    return np.swapaxes(lo, -1, -2), np.swapaxes(hi, -1, -2)
+
+
+def _average(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     require(x[0].ndim == 4, f"{node.name}: its input is no image")
-    asked = node.arguments.get("output_size")
-    asked = asked if isinstance(asked, list) else [asked, asked]
-    require(len(asked) == 2, f"{node.name}: it has no two axes")
-    rows, columns = (_cells(size, count) for size, count in zip(x[0].shape[2:], asked, strict=True))
-    cells = []
-    for top, bottom in rows:
-        for left, right in columns:
-            lo, hi = (side[:, :, None, None, top:bottom, left:right] for side in x)
-            count = arithmetic.exactly(np.array([float((bottom - top) * (right - left))]))
-            cells.append(_mean(arithmetic, (lo, hi), count))
-    shape = (*x[0].shape[:2], len(rows), len(columns))
-    lo, hi = (np.stack([cell[side] for cell in cells], 2).reshape(shape) for side in (0, 1))
-    return lo, hi
+    how = average(arithmetic, node, x[0].shape[2:])
+    return how.divide(arithmetic, lines(arithmetic, x, how.rows, how.columns))
 
 
-def _cells(size: int, count: int | None) -> list[tuple[int, int]]:
-    """The intervals that an adaptive pooling cuts an axis into; ``None``: one for every pixel."""
+def _cells(size: int, count: int | None) -> Array:
+    """The intervals that an adaptive pooling cuts an axis into, (size, cells); ``None``: one for every pixel."""
     count = size if count is None else count
     require(type(count) is int and 0 < count <= 2**12, "an adaptive pooling without cells")
-    return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+    place, cell = np.arange(size)[:, None], np.arange(count)
+    return ((cell * size // count <= place) & (place < -(-(cell + 1) * size // count))).astype(np.float64)
 
 
 _BATCH_NORM = {"weight", "bias", "running_mean", "running_var"}
@@ -285,24 +310,21 @@ TENSORS: dict[str, set[str]] = {
     "max_pool2d": set(),
     "flatten": set(),
     "add": set(),
-    "equilibrium": {"fusion.weight"},
+    "equilibrium": {"fusion.weight", "fusion.A", "fusion.B"},
 }
 """What each operation may store."""
 
 Rule = Callable[[Arithmetic, Node, Interval], Interval]
 
-RULES: dict[str, Rule | None] = {
-    "normalize": _normalize,
+RULES: dict[str, Rule] = {
+    "normalize": _scale,
     "linear": _linear,
     "conv2d": _conv2d,
-    "batch_norm1d": _batch_norm,
-    "batch_norm2d": _batch_norm,
-    "relu": _relu,
-    "avg_pool2d": _avg_pool,
-    "adaptive_avg_pool2d": _adaptive,
+    "batch_norm1d": _scale,
+    "batch_norm2d": _scale,
+    "avg_pool2d": _average,
+    "adaptive_avg_pool2d": _average,
     "max_pool2d": _max_pool,
     "flatten": _flatten,
-    "add": None,
-    "equilibrium": None,
 }
-"""The rule of every operation of one input; a sum and an equilibrium are written out in `proof`."""
+"""The rule of every operation of one input; a sum, a ReLU and an equilibrium are written out in `proof`."""

@@ -1,280 +1,226 @@
-"""What a record claims, and whether it holds.
+"""Whether a claim holds: through the network once, for a batch of cases of one form.
 
-**Theorem** (gauge). Let ``z = relu(W z + v)``, and ``u > 0`` with ``|W| u < u``. If an ordered, finite box is mapped
-into itself by the interval extension of the layer, for a box of ``v``, then it holds the one equilibrium of every
-``v`` of that box. The same is true after every row is solved for its own unknown: ``z_i = relu((Σ_{j≠i} W_ij z_j +
-v_i) / (1 - W_ii))`` with ``W_ii < 1`` and ``Σ_{j≠i} |W_ij| u_j < (1 - W_ii) u_i``; that is the form checked here, and
-a gauge of ``W`` is one of it.
-
-Of what a record says only the input, the radius, the label and the claimed margin are *statements*. The gauge and the
-boxes are *suggestions*: they are checked, and none is believed.
+Forwards, every value gets a box. At a ReLU and at an equilibrium the splits of a case cut the pre-activations, and its
+tightenings improve them. At the end the rows of the specification go backwards (`verideq.checker.dual`), or through
+`verideq.checker.quadratic`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from verideq.checker.arithmetic import Arithmetic, Array, Float, Interval, Rejected, require
-from verideq.checker.files import Blob
-from verideq.checker.network import RULES, Node, pads_of, pair, tensor
+from verideq.checker.adjoint import PULLS, inner, pull
+from verideq.checker.arithmetic import Arithmetic, Array, Interval, Rejected, constant, number, require
+from verideq.checker.claim import Case, region
+from verideq.checker.dual import Relaxation, Scene, relax
+from verideq.checker.layers import Layer, enclosed, near
+from verideq.checker.network import RULES, Node
+from verideq.checker.quadratic import chain, quadratic
 
-VERSION = 1
-REFINEMENTS = 500
-"""The most refinements of a recomputed box that a record may ask for."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The statement of a record: on the ball every row of ``C f - rhs`` is above zero, and not below `margin`.
-
-    Args:
-        center: the input, (features), as numbers of the arithmetic below and above it.
-        eps: the radius, times `weights` by feature.
-        clip: the valid range.
-        label: the class whose output exceeds every other one; ``None`` for a linear specification.
-        linear: ``C``, (rows, outputs), and ``rhs``, (rows,); ``None`` for a label.
-        margin: what is claimed.
-        suggestions: boxes by node name.
-        refinements: of the boxes that are not suggested.
-    """
-
-    center: Interval
-    eps: Fraction
-    weights: Array | None
-    clip: tuple[Fraction, Fraction] | None
-    label: int | None
-    linear: tuple[Array, Array] | None
-    margin: Fraction
-    suggestions: Mapping[str, tuple[Array, Array]]
-    refinements: int
+Layers = Callable[[Node, tuple[int, ...]], Layer]
+"""The proved equilibrium of a node, for states of a shape."""
 
 
-def read_claim(record: Blob, model: str, pixels: tuple[Fraction, Fraction] | None, arithmetic: Arithmetic) -> Claim:
-    """The claim of a record, every field of the right type and for the model with this hash and pixel range."""
-    head = dict(record.head)
-    expected = {
-        "version",
-        "model",
-        "index",
-        "label",
-        "eps",
-        "norm",
-        "clip",
-        "scale",
-        "specification",
-        "margin",
-        "refinements",
-    }
-    require(set(head) == expected, f"the record has the fields {sorted(head)}")
-    require(head["version"] == VERSION, f"version {head['version']!r} is not known")
-    require(head["model"] == model, "the record is about another model")
-    require(head["norm"] in ("linf", "l2"), f"the norm {head['norm']!r} is not known")
-    require(head["specification"] in ("label", "linear"), "the specification is not known")
-    by_label = head["specification"] == "label"
-    require(
-        (type(head["label"]) is int and head["label"] >= 0) if by_label else head["label"] is None, "the label is wrong"
-    )
-    require(type(head["refinements"]) is int and 0 <= head["refinements"] <= REFINEMENTS, "too many refinements")
-    require(type(head["index"]) is int and head["index"] >= 0, "the index is wrong")
-    eps, margin = rational(head["eps"], "eps"), rational(head["margin"], "margin")
-    require(eps >= 0, "eps is negative")
-    require(margin >= 0, "the claimed margin is negative")
-    clip = head["clip"]
-    if clip is not None:
-        require(isinstance(clip, list) and len(clip) == 2, "the clip is no range")
-        clip = (rational(clip[0], "clip"), rational(clip[1], "clip"))
-        require(clip[0] <= clip[1], "the clip is no range")
-        # A narrower clip would claim less than it seems to; none at all claims more.
-        whole = pixels is not None and clip[0] <= pixels[0] and pixels[1] <= clip[1]
-        require(whole, "the clip cuts off pixels that the model allows")
-    arrays = dict(record.arrays)
-    center = _center(arrays.pop("input", None), head["scale"], arithmetic)
-    weights = arrays.pop("weights", None)
-    if weights is not None:
-        require(weights.dtype == np.float64 and weights.shape == center[0].shape, "the weights do not fit the input")
-        require((weights >= 0).all(), "a weight is negative")
-        weights = arithmetic.exactly(weights)
-    linear = None if by_label else _linear(arrays.pop("C", None), arrays.pop("rhs", None), arithmetic)
-    suggestions = _suggestions(arrays, arithmetic)
-    return Claim(center, eps, weights, clip, head["label"], linear, margin, suggestions, head["refinements"])
+def least_margins(calc: Arithmetic, nodes: Sequence[Node], layers: Layers, cases: Sequence[Case]) -> Array:
+    """The smallest row of every case, (cases,); NaN where a box does not hold."""
+    return _Proof(calc, nodes, layers, cases).run()
 
 
-def rational(text: Any, what: str) -> Fraction:
-    """A fraction from ``"8/255"``: digits, one slash, nothing else."""
-    require(isinstance(text, str) and len(text) <= 2000, f"{what} is no fraction")
-    top, _, bottom = text.partition("/")
-    digits = top.removeprefix("-").isascii() and top.removeprefix("-").isdigit()
-    require(digits and (not _ or (bottom.isascii() and bottom.isdigit() and int(bottom) > 0)), f"{what} is no fraction")
-    return Fraction(int(top), int(bottom or 1))
+@dataclass
+class _Proof:
+    """One pass over cases of one form."""
+
+    calc: Arithmetic
+    nodes: Sequence[Node]
+    layers: Layers
+    cases: Sequence[Case]
+
+    def run(self) -> Array:
+        calc, cases = self.calc, self.cases
+        boxes = [region(case.claim, calc) for case in cases]
+        x = np.stack([lo for lo, _ in boxes]), np.stack([hi for _, hi in boxes])
+        values = {"input": self._cut("input", x)}
+        self.scene = Scene(calc, self.nodes, cases, values, {})
+        self.holds = self._ordered(values["input"])
+        self.proved: dict[str, Layer] = {}
+        for node in self.nodes:
+            v = values[node.inputs[0]]
+            if node.kind == "add":
+                other = values[node.inputs[1]]
+                require(v[0].shape == other[0].shape, f"{node.name}: a sum of two shapes")
+                values[node.name] = calc.add(v, other)
+            elif node.kind in ("relu", "equilibrium"):
+                values[node.name] = self._relu(node, v)
+            else:
+                values[node.name] = RULES[node.kind](calc, node, v)
+        named = {node.name for node in self.nodes if node.kind in ("relu", "equilibrium")}
+        claim = cases[0].claim
+        require(set(self.proved) >= {*claim.boxes, *claim.states}, "a box or a state belongs to no equilibrium")
+        for case in cases:
+            require({split.node for split in case.splits} <= named | {"input"}, "a split of a node that is not relaxed")
+            require({step.node for step in case.steps[:-1]} <= named, "a tightening of a node that is not relaxed")
+        rows, shift = self._specification()
+        bounds = self._quadratic(rows) if cases[0].steps[-1].quadratic else self._dual(rows)
+        least = calc.add((bounds, bounds), shift)[0].min(1)
+        return np.where(self.holds, least, np.nan)
+
+    # --- the parts of the ball -----------------------------------------------------------------------------------
+
+    def _cut(self, name: str, x: Interval) -> Interval:
+        """A box of every case, cut by its splits of this node."""
+        lo, hi = x[0].copy(), x[1].copy()
+        for case, low, high in zip(self.cases, lo.reshape(len(lo), -1), hi.reshape(len(hi), -1), strict=True):
+            for split in case.splits:
+                if split.node == name:
+                    require(split.unit < low.size, f"{name}: a split of unit {split.unit}, and it has {low.size}")
+                    at = self.calc.rational(split.at)
+                    if split.above:
+                        low[split.unit] = max(low[split.unit], at[0])
+                    else:
+                        high[split.unit] = min(high[split.unit], at[1])
+        return lo, hi
+
+    @staticmethod
+    def _ordered(x: Interval) -> Array:
+        whole: Array = (x[0] <= x[1]).reshape(len(x[0]), -1).all(1)
+        return whole
+
+    # --- forwards ------------------------------------------------------------------------------------------------
+
+    def _relu(self, node: Node, v: Interval) -> Interval:
+        """Relax a ReLU or an equilibrium, cut it, tighten it; returns the box of what it hands on."""
+        calc, claim, layer, drift = self.calc, self.cases[0].claim, None, None
+        if node.kind == "relu":
+            one = np.full((1,) * v[0].ndim, calc.one, dtype=calc.kind)
+            pre, z, divisor = v, (np.maximum(v[0], calc.zero), np.maximum(v[1], calc.zero)), (one, one)
+        else:
+            layer = self.proved[node.name] = self.layers(node, v[0].shape[1:])
+            z = self._box(node, layer, v)
+            pre, divisor = layer.rows(calc, z, v), layer.divisor
+            if claim.tolerance:
+                if layer.u is None:
+                    raise Rejected(f"{node.name}: a tolerance of the deployed solver needs a gauge")
+                drift = calc.multiply((layer.u, layer.u), number(calc, claim.tolerance))[1]
+        relaxation = relax(calc, self._cut(node.name, pre), z, divisor, layer, drift)
+        self.scene.relaxations[node.name] = relaxation
+        for place in range(len(self.cases[0].steps) - 1):
+            if self.cases[0].steps[place].node == node.name:
+                relaxation = self._tightened(node, relaxation, place)
+                self.scene.relaxations[node.name] = relaxation
+        self.holds = self.holds & self._ordered(relaxation.pre) & self._ordered(relaxation.z)
+        return relaxation.computed(calc)
+
+    def _box(self, node: Node, layer: Layer, v: Interval) -> Interval:
+        calc, claims = self.calc, [case.claim for case in self.cases]
+        if layer.m is not None and node.name not in claims[0].boxes:
+            state = constant(calc, calc.zero, *v[0].shape)[0]
+            if node.name in claims[0].states:
+                state = np.stack([claim.states[node.name] for claim in claims])
+            return near(calc, layer, v, state)
+        suggested = None
+        if node.name in claims[0].boxes:
+            boxes = [claim.boxes[node.name] for claim in claims]
+            suggested = np.stack([lo for lo, _ in boxes]), np.stack([hi for _, hi in boxes])
+        box, holds = enclosed(calc, layer, v, suggested, claims[0].refinements)
+        self.holds = self.holds & holds
+        return box
+
+    def _tightened(self, node: Node, known: Relaxation, place: int) -> Relaxation:
+        """Better pre-activations by the dual of their own rows."""
+        calc, steps = self.calc, [case.steps[place] for case in self.cases]
+        units = np.stack([step.units for step in steps])  # type: ignore[misc]  # a tightening has units
+        below = units >= 0
+        units = np.where(below, units, -1 - units)
+        state, (count, rows) = known.pre[0].shape[1:], units.shape
+        size = int(np.prod(state))
+        require((units < size).all(), f"{node.name}: a tightening of a unit that is not there")
+        chosen = np.zeros((count * rows, size))
+        chosen[np.arange(count * rows), units.reshape(-1)] = np.where(below, 1.0, -1.0).reshape(-1)
+        row = calc.exactly(chosen).reshape(-1, *state)
+        start = {node.inputs[0]: (row, row)}
+        if known.layer is not None:
+            start[node.name] = known.layer.fusion.pull(calc, (row, row))
+        bounds = self.scene.least(start, steps, rows)
+        # p / δ, of either sign
+        divisor = tuple(np.broadcast_to(side, (1, *state)).reshape(-1)[units] for side in known.divisor)
+        bounds = calc.divide((bounds, bounds), (divisor[0], divisor[1]))[0]
+        lo, hi = known.pre[0].copy(), known.pre[1].copy()
+        flat_lo, flat_hi = lo.reshape(count, -1), hi.reshape(count, -1)
+        sample = np.broadcast_to(np.arange(count)[:, None], units.shape)
+        np.maximum.at(flat_lo, (sample[below], units[below]), bounds[below])
+        np.minimum.at(flat_hi, (sample[~below], units[~below]), -bounds[~below])
+        return relax(calc, (lo, hi), known.z, known.divisor, known.layer, known.drift)
+
+    # --- the rows of the specification ---------------------------------------------------------------------------
+
+    def _specification(self) -> tuple[Interval, Interval]:
+        """``C``, (cases, rows, outputs), and ``-rhs``, (cases, rows): of no input for a case that is empty."""
+        calc, outputs = self.calc, self.scene.values[self.nodes[-1].name][0].shape[1:]
+        require(len(outputs) == 1, "the output of the model is no vector")
+        rows, shifts = [], []
+        for case in self.cases:
+            C, rhs = specification(calc, case, outputs[0])
+            chosen = slice(None) if case.rows is None else list(case.rows)
+            if case.steps[-1].empty:
+                C, rhs, chosen = constant(calc, calc.zero, 1, outputs[0])[0], constant(calc, calc.zero, 1)[0], slice(1)
+            rows.append(C[chosen])
+            shifts.append(-rhs[chosen])
+        C, shift = np.stack(rows), np.stack(shifts)
+        return (C, C), (shift, shift)
+
+    def _dual(self, C: Interval) -> Array:
+        calc, last, rows = self.calc, self.nodes[-1], C[0].shape[1]
+        q = (C[0].reshape(-1, C[0].shape[2]),) * 2
+        bounds = self.scene.least({last.name: q}, [case.steps[-1] for case in self.cases], rows)
+        lost = np.isnan(bounds.astype(np.float64))
+        if lost.any() and last.kind in PULLS:
+            # Coefficients on early values may overflow where the values do not: those rows end at the last operation.
+            x = self.scene.values[last.inputs[0]]
+            q, shift = pull(calc, last, q, x[0].shape[1:])
+            least = calc.add(inner(calc, q, (np.repeat(x[0], rows, 0), np.repeat(x[1], rows, 0))), shift)[0]
+            bounds = np.where(lost, least.reshape(bounds.shape), bounds)
+        return bounds
+
+    def _quadratic(self, C: Interval) -> Array:
+        """The quadratic dual of every case: the one equilibrium between affine maps."""
+        calc, scene = self.calc, self.scene
+        others = [node for node in self.nodes if node.kind not in PULLS]
+        if len(others) != 1 or others[0].kind != "equilibrium" or self.cases[0].claim.tolerance:
+            raise Rejected("the quadratic dual takes a chain of affine maps around one equilibrium, and no tolerance")
+        node, nodes = others[0], list(self.nodes)
+        shapes = {name: value[0].shape[1:] for name, value in scene.values.items()}
+        units = int(np.prod(shapes[node.name]))
+        identity = calc.exactly(np.eye(units)).reshape(units, *shapes[node.name])
+        U, b = chain(calc, nodes, (identity, identity), shapes, node.inputs[0], "input")
+        U = U[0].reshape(units, -1), U[1].reshape(units, -1)
+        layer, found = self.proved[node.name], []
+        for place, case in enumerate(self.cases):
+            c, shift = chain(calc, nodes, (C[0][place],) * 2, shapes, self.nodes[-1].name, node.name)
+            c = c[0].reshape(len(c[0]), -1), c[1].reshape(len(c[1]), -1)
+            fixed = np.zeros((2, units), dtype=bool)
+            for split in case.splits:
+                if split.node == node.name:
+                    fixed[int(split.above), split.unit] = True
+            x = self.scene.values["input"]
+            box = x[0][place].reshape(-1), x[1][place].reshape(-1)
+            rows = quadratic(calc, layer, U, b, box, case, fixed[1], fixed[0], c, shapes[node.name])
+            found.append(calc.add((rows, rows), shift)[0])
+        return np.stack(found)
 
 
-def _center(stored: Array | None, scale: Any, arithmetic: Arithmetic) -> Interval:
-    require(stored is not None and stored.ndim >= 1, "the record has no input")
-    array: Array = stored
-    if scale is None:
-        require(array.dtype == np.float64, "an input without a scale is float64")
-        exact = arithmetic.exactly(array)
-        return exact, exact
-    require(array.dtype == np.uint8, "an input with a scale is uint8")
-    unit = rational(scale, "scale")
-    table = [arithmetic.rational(value * unit) for value in range(256)]
-    kind = np.float64 if isinstance(arithmetic, Float) else object
-    low, high = (np.array([entry[side] for entry in table], dtype=kind) for side in (0, 1))
-    return low[array], high[array]
-
-
-def _linear(C: Array | None, rhs: Array | None, arithmetic: Arithmetic) -> tuple[Array, Array]:
-    if C is None or rhs is None:
-        raise Rejected("the record has no C, or no rhs")
-    require(
-        C.dtype == rhs.dtype == np.float64 and C.ndim == 2 and len(C) > 0 and rhs.shape == C.shape[:1],
-        "C and rhs differ",
-    )
-    return arithmetic.exactly(C), arithmetic.exactly(rhs)
-
-
-def _suggestions(arrays: dict[str, Array], arithmetic: Arithmetic) -> dict[str, tuple[Array, Array]]:
-    found: dict[str, tuple[Array, Array]] = {}
-    for name in sorted(arrays):
-        kind, _, rest = name.partition("/")
-        node, _, side = rest.rpartition("/")
-        require(kind == "box" and side in ("lower", "upper"), f"the array {name} has no meaning")
-        require(
-            f"box/{node}/lower" in arrays and f"box/{node}/upper" in arrays, f"half of the box of {node} is missing"
-        )
-        lower, upper = arrays[f"box/{node}/lower"], arrays[f"box/{node}/upper"]
-        require(
-            lower.dtype == upper.dtype == np.float64 and lower.shape == upper.shape, f"the box of {node} has two shapes"
-        )
-        found[node] = arithmetic.exactly(lower), arithmetic.exactly(upper)
-    return found
-
-
-def region(claim: Claim, arithmetic: Arithmetic) -> Interval:
-    """The smallest interval of inputs that is sure to hold the ball, cut to the clip."""
-    eps = arithmetic.rational(claim.eps)
-    shape = claim.center[0].shape
-    reach = tuple(np.full(shape, side, dtype=claim.center[0].dtype) for side in eps)
-    if claim.weights is not None:
-        reach = arithmetic.multiply((reach[0], reach[1]), (claim.weights, claim.weights))
-    lo = arithmetic.subtract(claim.center, (reach[1], reach[1]))[0]
-    hi = arithmetic.add(claim.center, (reach[1], reach[1]))[1]
-    if claim.clip is not None:
-        low, high = arithmetic.rational(claim.clip[0]), arithmetic.rational(claim.clip[1])
-        inside = (claim.center[1] >= low[0]).all() and (claim.center[0] <= high[1]).all()
-        require(inside, "the input lies outside the clip")
-        lo, hi = np.maximum(lo, low[0]), np.minimum(hi, high[1])
-    return lo, hi
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """An equilibrium with a gauge that has been checked: the rows of ``W`` without their own entries, and ``1 - W_ii``.
-
-    Args:
-        node: of the model.
-        off: the fusion without its own entries.
-        divisor: ``1 - W_ii``, an interval, shaped to broadcast over states.
-        u: the gauge, shaped likewise, (1, *state).
-        room: a lower bound of ``(1 - W_ii) u_i - Σ |W_ij| u_j``, (1, *state).
-    """
-
-    node: Node
-    off: Node
-    divisor: Interval
-    u: Array
-    room: Array
-
-    def image(self, arithmetic: Arithmetic, box: Interval, v: Interval) -> Interval:
-        """The interval extension of the layer."""
-        rows = arithmetic.divide(arithmetic.add(apply(arithmetic, self.off, box), v), self.divisor)
-        return np.maximum(rows[0], arithmetic.zero), np.maximum(rows[1], arithmetic.zero)
-
-
-def apply(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
-    """A rule of one input."""
-    rule = RULES[node.kind]
-    if rule is None:
-        raise Rejected(f"{node.name}: {node.kind} is no operation of one input")
-    return rule(arithmetic, node, x)
-
-
-def contraction(arithmetic: Arithmetic, node: Node, u: Array, state: tuple[int, ...]) -> Contraction:
-    """Check a gauge of an equilibrium for states of this shape.
-
-    Args:
-        u: (units,) for one number a unit or channel, or the shape of a state.
-    """
-    fusion = node.arguments.get("fusion")
-    require(
-        node.arguments.get("activation") == "relu" and isinstance(fusion, dict),
-        f"{node.name}: it is no relu equilibrium",
-    )
-    kind, arguments = fusion.get("operation"), fusion.get("attributes")  # type: ignore[union-attr]  # a dict
-    require(kind in ("linear", "conv2d") and isinstance(arguments, dict), f"{node.name}: its fusion is not known")
-    require("fusion.weight" in node.tensors, f"{node.name}: fusion.weight is missing")
-    weight = node.tensors["fusion.weight"].copy()
-    fused = Node(node.name, str(kind), (), arguments, {"weight": weight})
-    own = _take_own(fused, weight, arithmetic)
-    require((own < arithmetic.one).all(), f"{node.name}: a row has W_ii >= 1")
-    shape = (1, -1, *[1] * (len(state) - 1))
-    one = np.full(own.shape, arithmetic.one, dtype=own.dtype)
-    divisor = arithmetic.subtract((one, one), (own, own))
-    require(u.shape in ((state[0],), state), f"{node.name}: a gauge of shape {u.shape} for states of shape {state}")
-    require((u > arithmetic.zero).all(), f"{node.name}: the gauge is not positive")
-    full = np.broadcast_to(u.reshape(shape) if u.ndim == 1 else u[None], (1, *state))
-    absolute = replace(fused, tensors={"weight": np.abs(weight)})
-    pushed = apply(arithmetic, absolute, (full, full))
-    require(pushed[1].shape == full.shape, f"{node.name}: W does not keep the shape {state}")
-    divisor = divisor[0].reshape(shape), divisor[1].reshape(shape)
-    room = arithmetic.subtract(arithmetic.multiply((full, full), divisor), pushed)[0]
-    require((room > arithmetic.zero).all(), f"{node.name}: the slack of the gauge is not positive")
-    return Contraction(node, fused, divisor, full, room)
-
-
-def _take_own(fused: Node, weight: Array, arithmetic: Arithmetic) -> Array:
-    """Cut the entries ``W_ii`` out of the weight, in place, and return them, (units,)."""
-    units = np.arange(len(weight))
-    if fused.kind == "linear":
-        require(weight.ndim == 2 and weight.shape[0] == weight.shape[1], f"{fused.name}: W is not square")
-        place: tuple[Any, ...] = (units, units)
-    else:
-        tensor(fused, "weight", None, None, None, None)
-        require(pair(fused, "stride", 1) == (1, 1), f"{fused.name}: W has a stride, so it is no map of states")
-        dilation = pair(fused, "dilation", 1)
-        pads = pads_of(fused, (weight.shape[2], weight.shape[3]), dilation)
-        if pads[0] % dilation[0] or pads[2] % dilation[1]:
-            return np.full(len(weight), arithmetic.zero, dtype=weight.dtype)  # no tap reads its own position
-        place = (units, units % weight.shape[1], pads[0] // dilation[0], pads[2] // dilation[1])
-    own = weight[place].copy()
-    weight[place] = arithmetic.zero
-    return own
-
-
-def equilibrium(
-    arithmetic: Arithmetic, layer: Contraction, v: Interval, suggested: Interval | None, refinements: int
-) -> tuple[Interval, Array]:
-    """A box that holds every equilibrium (suggested, or from the gauge alone), and for which samples it does."""
-    if suggested is not None:
-        lo, hi = suggested
-        require(
-            lo.shape == v[0].shape, f"{layer.node.name}: the box has shape {lo.shape[1:]}, the state {v[0].shape[1:]}"
-        )
-        image = layer.image(arithmetic, suggested, v)
-        inside = (lo <= hi) & (lo <= image[0]) & (image[1] <= hi)
-        return suggested, inside.reshape(len(lo), -1).all(1)
-    # [0, t u] maps into itself for t s >= max(v, 0), and so does all that is cut from it by its own image.
-    top = np.maximum(v[1], arithmetic.zero)
-    reach = arithmetic.divide((top, top), (layer.room, layer.room))[1]
-    t = reach.reshape(len(reach), -1).max(1).reshape(-1, *[1] * (top.ndim - 1))
-    hi = arithmetic.multiply((t, t), (layer.u, layer.u))[1]
-    lo = np.zeros_like(hi) if hi.dtype != object else np.full(hi.shape, arithmetic.zero, dtype=object)
-    for _ in range(refinements):
-        image = layer.image(arithmetic, (lo, hi), v)
-        lo, hi = np.maximum(lo, image[0]), np.minimum(hi, image[1])
-    return (lo, hi), (lo <= hi).reshape(len(lo), -1).all(1)
+def specification(calc: Arithmetic, case: Case, outputs: int) -> tuple[Array, Array]:
+    """``C``, (rows, outputs), and ``rhs``, (rows,), of the claim that a case is of."""
+    claim = case.claim
+    if claim.linear is not None:
+        require(claim.linear[0].shape[1] == outputs, "C has not one column an output")
+        return claim.linear
+    if claim.label is None:
+        raise Rejected("the claim has neither label nor C")
+    require(outputs >= 2 and claim.label < outputs, "the label is no class of the model")
+    C = -np.eye(outputs)
+    C[:, claim.label] += 1.0
+    others = (claim.label + np.arange(1, outputs)) % outputs
+    return calc.exactly(C[others]), constant(calc, calc.zero, outputs - 1)[0]

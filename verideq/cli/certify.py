@@ -49,7 +49,7 @@ def certify(
         typer.Option(help="A radius in pixel units, 0.1 or 8/255; repeat the option for several.", metavar="E"),
     ] = None,
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
-    method: Annotated[str, typer.Option(help="auto or interval.")] = "auto",
+    method: Annotated[str, typer.Option(help="auto, interval, adjoint or adjoint-refined.")] = "auto",
     attack: Annotated[str, typer.Option(help="none or pgd: look for counterexamples too.")] = "pgd",
     timeout: Annotated[float | None, typer.Option(help="Seconds a sample.", metavar="S")] = None,
     radius: Annotated[
@@ -59,6 +59,9 @@ def certify(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Believe the bounds without the independent checker; the table says so.")
     ] = False,
+    deployed_tolerance: Annotated[
+        str, typer.Option(help="Of the solver that will run the model, in units of the gauge's slack.", metavar="T")
+    ] = "0",
     weights: Weights = None,
     batch_size: Annotated[int, typer.Option(help="Samples at a time; no verdict depends on it.", metavar="N")] = 64,
     threads: Threads = None,
@@ -86,7 +89,8 @@ def certify(
     if resume and out is None:
         raise InputError("--resume needs the folder of the run: --out DIR")
     folder = out or Path("runs") / f"{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    budget = Budget(method, attack, timeout=timeout, seed=seed, radius=radius, check=not no_check)
+    tolerance = parse_eps(deployed_tolerance, "--deployed-tolerance")
+    budget = Budget(method, attack, timeout=timeout, seed=seed, radius=radius, check=not no_check, tolerance=tolerance)
     run = Run(folder, network, name, questions, budget, batch_size, choose_device(device), certificates, sys.argv)
     try:
         summary = _execute(run, resume, quiet=as_json)

@@ -1,0 +1,229 @@
+"""The adjoint bound: CROWN for networks with equilibria, in one pass backwards.
+
+The adjoint equilibrium ``g = D(q) q``, ``q = c + Wᵀ g`` contracts under the gauge of the layer (``|D| <= 1`` there), in
+about as many steps as the equilibrium itself. It is solved for every row of the specification at once; each row keeps
+the best of three choices of lower slopes and of the interval bound. Theorem and rounding: `verideq.certify.backward`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from verideq.box import TINY, Box
+from verideq.certify.backward import Relaxed, Rows, Rule, Scene, ball, crown, inner
+from verideq.certify.certificate import Numbers, Proof, Step
+from verideq.certify.enclosure import pre_activations
+from verideq.certify.interval import RULES, Arithmetic
+from verideq.certify.method import Bounds, Prepared, Query, boxes_of
+from verideq.graph import INPUT
+
+SLOPES = ("adaptive", "zero", "one")
+
+
+ROUNDS = 3
+"""Tightenings of one node by `adjoint_refined`, at most."""
+MOVED = 0.01
+"""A round that narrows the pre-activations by a smaller share is the last."""
+ELEMENTS = 2**24
+"""Coefficients that are held at a time: what bounds the memory."""
+
+
+@torch.no_grad()
+def adjoint(prepared: Prepared, query: Query) -> Bounds:
+    """The best of the adjoint bound's slopes and of the interval bound, row by row."""
+    scene, arithmetic = scene_of(prepared, query)
+    return crossed(scene, query).bounds(query, arithmetic)
+
+
+@torch.no_grad()
+def adjoint_refined(prepared: Prepared, query: Query) -> Bounds:
+    """The adjoint bound over pre-activations that were tightened by the same bound, for samples that need it."""
+    scene, arithmetic = scene_of(prepared, query)
+    found = crossed(scene, query).bounds(query, arithmetic)
+    left = (~query.closed(found.box.lower)).nonzero().flatten()
+    size = max((known.z.lower[0].numel() for known in scene.relaxed.values()), default=1)
+    for part in torch.split(left, max(1, ELEMENTS // (2 * size * size))):
+        own = query.select(part)
+        steps: list[list[Step]] = [[] for _ in part]
+        scene, arithmetic = scene_of(prepared, own, steps)
+        found = found.replaced(part, crossed(scene, own).bounds(own, arithmetic, steps))
+    return found
+
+
+def crossed(scene: Scene, query: Query) -> Best:
+    """Every row by every choice of slopes, until nothing is open."""
+    C = rows_of(query, scene)
+    best = Best.interval(scene, C)
+    for slopes in SLOPES:
+        if bool(query.closed(best.lower).all()):
+            break
+        best = best.or_better(*scene.least({scene.output: scene.start(C.flatten(0, 1))}, rules(scene, slopes)))
+    return best
+
+
+def scene_of(prepared: Prepared, query: Query, steps: list[list[Step]] | None = None) -> tuple[Scene, Arithmetic]:
+    """Interval bounds of everything, node by node: where the duals begin.
+
+    Args:
+        steps: of every sample, to tighten pre-activations on the way and to write down how; ``None``: not to.
+    """
+    prepared.require_gauges()
+    arithmetic = Arithmetic(prepared.gauges, query.solver, query.tolerance)
+    known: dict[str, Box] = {INPUT: query.box}
+    relaxed: dict[str, Relaxed] = {}
+
+    def over_inputs(rows: Rows, samples: int) -> Tensor:
+        least = inner(rows, query.box, samples)
+        if query.region is None or query.region.norm == "linf":
+            return least
+        return torch.maximum(least, ball(rows, query.region, query.box))
+
+    scene = Scene(prepared.graph, known, relaxed, over_inputs)
+    for node in prepared.graph.nodes:
+        v = [known[name] for name in node.inputs]
+        known[node.name] = RULES[node.operation.kind](arithmetic, node, v)
+        if node.operation.kind == "relu":
+            relaxed[node.name] = Relaxed(node, v[0], known[node.name])
+        elif node.name in arithmetic.boxes:
+            layer, z = prepared.layer(node.name), arithmetic.boxes[node.name]
+            pre, drift = pre_activations(layer, v[0], z), arithmetic.drifts.get(node.name)
+            relaxed[node.name] = Relaxed(node, pre, z, layer.operator(), drift).with_pre(pre)
+        if steps is not None and node.name in relaxed:
+            refine(scene, node.name, steps)
+            known[node.name] = relaxed[node.name].computed
+    return scene, arithmetic
+
+
+def refine(scene: Scene, name: str, steps: list[list[Step]]) -> None:
+    """Tighten the pre-activations of a node, the unstable units' lower and upper ends, until little moves."""
+    moving = torch.ones(scene.samples, dtype=torch.bool, device=scene.relaxed[name].pre.lower.device)
+    for _ in range(ROUNDS):
+        known = scene.relaxed[name]
+        # The widest first, and no more than fit.
+        counts = known.unstable.flatten(1).sum(1).clamp(max=max(1, ELEMENTS // (2 * known.pre.lower[0].numel())))
+        counts = torch.where(moving, counts, 0)
+        most = int(counts.max())
+        if not most:
+            return
+        width = torch.where(known.unstable, known.pre.width, -1.0).flatten(1)
+        units = width.argsort(dim=1, descending=True, stable=True)[:, :most]
+        before = width.clamp(min=0).sum(1)
+        own_rows = torch.arange(most, device=units.device) < counts[:, None]
+        multipliers = tighten(scene, name, torch.cat((units, -1 - units), 1), own_rows.repeat(1, 2))
+        for i, count in enumerate(counts.tolist()):
+            if count:
+                chosen = [*range(count), *range(most, most + count)]
+                own = {node: g[i, chosen].float().cpu().numpy() for node, g in multipliers.items()}
+                places = torch.cat((units[i, :count], -1 - units[i, :count])).cpu().numpy()
+                steps[i].append(Step(name, units=places, multipliers=own))
+        after = torch.where(scene.relaxed[name].unstable, scene.relaxed[name].pre.width, 0.0).flatten(1).sum(1)
+        moving = moving & (after < before * (1 - MOVED))
+
+
+def tighten(scene: Scene, name: str, units: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """Better pre-activations of a node in `scene`, by the adjoint bound of their own rows; returns the multipliers.
+
+    Args:
+        units: (samples, rows): ``i`` for the lower end of unit ``i``, ``-1 - i`` for the upper one.
+        wanted: (samples, rows) whether a row is a sample's own, and not there for its batch-mates.
+    """
+    known = scene.relaxed[name]
+    state, lower = known.pre.lower.shape[1:], units >= 0
+    places = torch.where(lower, units, -1 - units)
+    row = known.pre.lower.new_zeros(*units.shape, known.pre.lower[0].numel())
+    row.scatter_(2, places[:, :, None], torch.where(lower, 1.0, -1.0).to(row)[:, :, None])
+    row = row.view(-1, *state)
+    start = {known.node.inputs[0]: scene.start(row)}
+    if known.operator is not None:
+        start[name] = known.pull_off(scene.start(row))
+    bounds, used = scene.least(start, rules(scene, "adaptive"), tightened=name)
+    divisor = known.divisor().expand(1, *state).flatten()[places]
+    ends = bounds / divisor
+    ends = torch.where(wanted, ends - ends.abs() * 2.0**-50 - TINY, -torch.inf)
+    flat = Box(known.pre.lower.flatten(1), known.pre.upper.flatten(1))
+    least = torch.where(lower, ends, -torch.inf).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    most = torch.where(lower, torch.inf, -ends).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    pre = Box(
+        flat.lower.scatter_reduce(1, places, least, "amax").view_as(known.pre.lower),
+        flat.upper.scatter_reduce(1, places, most, "amin").view_as(known.pre.upper),
+    )
+    scene.relaxed[name] = known.with_pre(pre)
+    return used
+
+
+def rules(scene: Scene, slopes: str) -> dict[str, Rule]:
+    """CROWN's multipliers at every node, in float32, as a certificate keeps them."""
+
+    def rule(known: Relaxed, q: Tensor) -> Tensor:
+        return crown(slopes)(known, q).float().to(q)
+
+    return dict.fromkeys(scene.relaxed, rule)
+
+
+def rows_of(query: Query, scene: Scene) -> Tensor:
+    """The rows to bound from below, (samples, rows, outputs); their negatives follow if upper bounds are wanted."""
+    C = query.C
+    if C is None:
+        outputs = scene.values[scene.output].lower[0].numel()
+        identity = torch.eye(outputs, dtype=query.box.lower.dtype, device=query.box.lower.device)
+        C = identity.expand(len(query), outputs, outputs)
+    return torch.cat((C, -C), 1) if query.upper else C
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best bound of every row so far, and what proves it.
+
+    Args:
+        lower: (samples, rows).
+        multipliers: by node, (samples, rows, *state).
+        plain: (samples, rows) whether it is the interval bound, which needs no multipliers.
+    """
+
+    lower: Tensor
+    multipliers: dict[str, Tensor]
+    plain: Tensor
+
+    @staticmethod
+    def interval(scene: Scene, C: Tensor) -> Best:
+        """The bound without multipliers."""
+        lower, _ = scene.least({scene.output: scene.start(C.flatten(0, 1))}, {})
+        zeros = {name: lower.new_zeros(*lower.shape, *known.z.lower.shape[1:]) for name, known in scene.relaxed.items()}
+        return Best(lower, zeros, torch.ones_like(lower, dtype=torch.bool))
+
+    def or_better(self, lower: Tensor, multipliers: dict[str, Tensor]) -> Best:
+        """Row by row the better of the two."""
+        better = lower > self.lower
+        chosen = {}
+        for name, g in self.multipliers.items():
+            new = multipliers.get(name)
+            mask = better.view(*better.shape, *[1] * (g.dim() - 2))
+            chosen[name] = torch.where(mask, torch.zeros_like(g) if new is None else new, g)
+        return Best(torch.where(better, lower, self.lower), chosen, self.plain & ~better)
+
+    def bounds(self, query: Query, arithmetic: Arithmetic, before: list[list[Step]] | None = None) -> Bounds:
+        """As a method hands it back; `before`: the tightenings of every sample."""
+        count = self.lower.shape[1] // (2 if query.upper else 1)
+        lower = self.lower[:, :count]
+        upper = -self.lower[:, count:] if query.upper else torch.full_like(lower, torch.inf)
+        steps = torch.zeros(len(query), dtype=torch.long) if arithmetic.steps is None else arithmetic.steps
+
+        def proof(i: int) -> Proof:
+            return self._proof(i, count, boxes_of(arithmetic.boxes, i), () if before is None else tuple(before[i]))
+
+        return Bounds(Box(lower, upper), steps, proof)
+
+    def _proof(self, i: int, count: int, boxes: dict[str, tuple[Numbers, Numbers]], before: tuple[Step, ...]) -> Proof:
+        plain = self.plain[i, :count].tolist()
+        if all(plain):
+            return Proof(boxes, cases=((*before, Step()),))
+        own = {name: g[i, :count].float().cpu().numpy() for name, g in self.multipliers.items()}
+        if not any(plain):
+            return Proof(boxes, cases=((*before, Step(multipliers=own)),))
+        ends = tuple(k for k in range(count) if plain[k])
+        rest = tuple(k for k in range(count) if not plain[k])
+        chosen = Step(multipliers={name: g[list(rest)] for name, g in own.items()})
+        return Proof(boxes, cases=((*before, Step()), (*before, chosen)), trees=((ends, 0), (rest, 1)))

@@ -1,0 +1,171 @@
+"""What every bound method is handed, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from verideq.box import Box, flushed
+from verideq.certify.certificate import Numbers, Proof, gauge_file
+from verideq.checker import Checker
+from verideq.equilibrium import Auto, Equilibrium, Gauge, Solver, gauge
+from verideq.errors import ModelError, NoGaugeError
+from verideq.graph import Graph, model_bytes, trace
+from verideq.region import Region
+
+TOLERANCE = 1e-13
+"""The relative residual to which equilibria are solved for a proof: how tight it is, never whether it holds."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model made ready for proofs: its stored weights in float64, and a gauge for every equilibrium that has one.
+
+    Args:
+        graph: materialised, float64, evaluation mode.
+        gauges: by node name.
+        missing: why a layer has no gauge, by node name.
+        file: the model file of the stored weights, as they were when the model was prepared.
+    """
+
+    graph: Graph
+    gauges: Mapping[str, Gauge]
+    missing: Mapping[str, NoGaugeError] = field(default_factory=dict)
+    file: bytes = b""
+
+    @cached_property
+    def checker(self) -> Checker:
+        """The independent checker, with this model's file and gauges in it."""
+        return Checker(self.file, gauge_file(self.file, self.gauges))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((t.device for t in [*self.graph.parameters(), *self.graph.buffers()]), torch.device("cpu"))
+
+    def layer(self, name: str) -> Equilibrium:
+        """The equilibrium of this name."""
+        return dict(self.graph.equilibria())[name]
+
+    def require_gauges(self) -> None:
+        """Nothing, if every equilibrium has a gauge.
+
+        Raises:
+            NoGaugeError: the first layer without one.
+        """
+        for name, error in self.missing.items():
+            raise NoGaugeError(f"{name}: {error}", error.rate)
+
+
+def prepare(model: nn.Module | Prepared, device: torch.device | str | None = None) -> Prepared:
+    """Trace, materialise and look for gauges, once for any number of bounds.
+
+    Args:
+        model: a module of supported operations.
+        device: where to bound; ``None``: where the model's first parameter is.
+
+    Raises:
+        UnsupportedOperation: a node without a rule.
+        ModelError: NaN or infinite weights, or denormal ones where torch flushes these to zero.
+    """
+    if isinstance(model, Prepared):
+        return model
+    graph = trace(model).check_finite()
+    for node in graph.nodes:
+        for name, tensor in node.operation.state(node.module).items():
+            if bool(flushed(tensor).any()):
+                raise ModelError(
+                    f"{node.name}.{name} holds denormal numbers, which torch has been told to read as zero; call "
+                    "torch.set_flush_denormal(False) before bounding this model"
+                )
+    if device is None:
+        device = next((t.device for t in [*graph.parameters(), *graph.buffers()]), torch.device("cpu"))
+    frozen = graph.frozen(torch.float64, device)
+    gauges, missing = {}, {}
+    for name, layer in frozen.equilibria():
+        try:
+            gauges[name] = gauge(layer)
+        except NoGaugeError as error:
+            missing[name] = error
+    return Prepared(frozen, gauges, missing, model_bytes(graph))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a method returns: the box, and what it took.
+
+    Args:
+        box: (batch, rows).
+        steps: (batch,) solver steps, zero without an equilibrium.
+        proof: what a certificate of the sample with this place in the batch is made of.
+    """
+
+    box: Box
+    steps: Tensor
+    proof: Callable[[int], Proof] = lambda i: Proof()
+
+    def replaced(self, part: Tensor, other: Bounds) -> Bounds:
+        """These with others for the samples `part`."""
+        sides = [a.index_copy(0, part, b) for a, b in zip(_sides(self.box), _sides(other.box), strict=True)]
+        steps = self.steps.to(other.steps).index_copy(0, part.to(other.steps.device), other.steps)
+        places = {whole: own for own, whole in enumerate(part.tolist())}
+
+        def proof(i: int) -> Proof:
+            return other.proof(places[i]) if i in places else self.proof(i)
+
+        return Bounds(Box(*sides), steps, proof)
+
+
+def _sides(box: Box) -> tuple[Tensor, Tensor]:
+    return box.lower, box.upper
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a method is asked: bounds of ``C @ model(x)`` for every ``x`` of a region.
+
+    Args:
+        box: of inputs, (batch, *features), float64.
+        region: the balls that the box is around, where it is around balls.
+        C: (batch, rows, outputs), or ``None`` for the outputs themselves.
+        rhs: (batch, rows): rows above it need no better bound; ``None`` for as good as it goes.
+        solver: of equilibria.
+        tolerance: of the deployed solver, in units of the slack.
+        upper: whether upper bounds are wanted too.
+    """
+
+    box: Box
+    region: Region | None
+    C: Tensor | None
+    rhs: Tensor | None = None
+    solver: Solver = Auto(tol=TOLERANCE)
+    tolerance: float = 0.0
+    upper: bool = True
+
+    def __len__(self) -> int:
+        return len(self.box.lower)
+
+    def select(self, part: Tensor) -> Query:
+        """The question about some of the samples."""
+        box = Box(self.box.lower[part], self.box.upper[part])
+        region = None if self.region is None else self.region[part]
+        C, rhs = (None if x is None else x[part] for x in (self.C, self.rhs))
+        return replace(self, box=box, region=region, C=C, rhs=rhs)
+
+    def closed(self, lower: Tensor) -> Tensor:
+        """(batch,) whether lower bounds, (batch, rows), leave nothing open."""
+        if self.rhs is None or self.upper:
+            return torch.zeros(len(self), dtype=torch.bool, device=lower.device)
+        return (lower > self.rhs).all(1)
+
+
+Method = Callable[[Prepared, Query], Bounds]
+
+
+def boxes_of(boxes: Mapping[str, Box], i: int) -> dict[str, tuple[Numbers, Numbers]]:
+    """The enclosures of one sample as a certificate holds them."""
+    return {name: (box.lower[i].cpu().numpy(), box.upper[i].cpu().numpy()) for name, box in boxes.items()}

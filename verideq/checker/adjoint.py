@@ -1,0 +1,125 @@
+"""The transposed rule of every affine operation: linear bounds travel backwards through these.
+
+For ``y = A x + b`` and rows ``q`` of coefficients on ``y``, ``q · y = (Aᵀ q) · x + q · b``. `PULLS` holds ``q -> (Aᵀ q,
+q · b)`` by kind, rounded outward, `q` an interval of shape (rows, *shape of y). Operations that are not affine are
+not here: `verideq.checker.dual` relaxes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from verideq.checker.arithmetic import Arithmetic, Array, Interval, constant, total
+from verideq.checker.network import MODES, Node, average, by_channel, lines, optional, pads_of, pair, scaling, windows
+
+Pull = Callable[[Arithmetic, Node, Interval, tuple[int, ...]], tuple[Interval, Interval]]
+"""``(arithmetic, node, q, shape of x) -> (Aᵀ q, q · b)``, (rows, *shape of x) and (rows,)."""
+
+
+def inner(calc: Arithmetic, q: Interval, x: Interval) -> Interval:
+    """``q · x`` over all axes but the first, `x` broadcastable: (rows,)."""
+    lo, hi = calc.multiply(q, x)
+    return total(calc, (lo.reshape(len(lo), -1), hi.reshape(len(hi), -1)))
+
+
+def _none(calc: Arithmetic, q: Interval) -> Interval:
+    return constant(calc, calc.zero, len(q[0]))
+
+
+def _linear(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) -> tuple[Interval, Interval]:
+    weight = node.tensors["weight"]
+    pulled = calc.affine(q, weight, constant(calc, calc.zero, 1))
+    if "bias" not in node.tensors:
+        return pulled, _none(calc, q)
+    lo, hi = calc.affine(q, node.tensors["bias"][:, None], constant(calc, calc.zero, 1))
+    return pulled, (lo[:, 0], hi[:, 0])
+
+
+def _conv2d(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) -> tuple[Interval, Interval]:
+    stride, dilation, groups = pair(node, "stride", 1), pair(node, "dilation", 1), pair(node, "groups", 1)[0]
+    weight, size = node.tensors["weight"], shape[1:]
+    outputs, per_group = weight.shape[:2]
+    kernel = weight.shape[2:]
+    pads = pads_of(node, (kernel[0], kernel[1]), dilation)
+    sides = []
+    for side in q:
+        spread = _spread(calc, side, kernel, stride, dilation, (size[0] + sum(pads[:2]), size[1] + sum(pads[2:])))
+        seen = windows(spread, (kernel[0], kernel[1]), (1, 1), dilation)
+        rows, _, height, width = seen.shape[:4]
+        grouped = seen.reshape(rows, groups, outputs // groups, height, width, *kernel)
+        sides.append(np.moveaxis(grouped, 2, 4).reshape(rows, groups, height * width, -1))
+    # What an output adds to an input travels back through the same tap, from the other side.
+    flipped = weight[:, :, ::-1, ::-1].reshape(groups, outputs // groups, per_group, *kernel)
+    matrix = np.moveaxis(flipped, 2, 4).reshape(groups, -1, per_group)
+    lo, hi = calc.affine((sides[0], sides[1]), matrix, constant(calc, calc.zero, 1))
+    form = (rows, groups, height, width, per_group)
+    lo, hi = (np.moveaxis(s.reshape(form), 4, 2).reshape(rows, -1, height, width) for s in (lo, hi))
+    folded = _folded(calc, node, (lo, hi), pads)
+    bias = optional(node, "bias", outputs, calc.zero).reshape(1, -1, 1, 1)
+    return folded, inner(calc, q, (bias, bias)) if "bias" in node.tensors else _none(calc, q)
+
+
+def _spread(
+    calc: Arithmetic,
+    q: Array,
+    kernel: tuple[int, ...],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    size: tuple[int, int],
+) -> Array:
+    """Coefficients with gaps for the stride and a border, so that a window of the kernel sees who read a pixel."""
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    places = [slice(r, r + s * (n - 1) + 1, s) for r, s, n in zip(reach, stride, q.shape[2:], strict=True)]
+    wide = np.full((*q.shape[:2], size[0] + reach[0], size[1] + reach[1]), calc.zero, dtype=q.dtype)
+    wide[:, :, places[0], places[1]] = q
+    return wide
+
+
+def _folded(calc: Arithmetic, node: Node, q: Interval, pads: tuple[int, int, int, int]) -> Interval:
+    """Coefficients on a padded image as coefficients on the image: each pixel takes those of its copies."""
+    mode = MODES[node.arguments.get("padding_mode", "zeros")]
+    height, width = q[0].shape[2] - sum(pads[:2]), q[0].shape[3] - sum(pads[2:])
+    if mode == "constant":
+        lo, hi = (side[:, :, pads[0] : pads[0] + height, pads[2] : pads[2] + width] for side in q)
+        return lo, hi
+    copies = []
+    for count, border in ((height, pads[:2]), (width, pads[2:])):
+        places = np.pad(np.arange(count), border, mode=mode)  # type: ignore[call-overload]  # one of MODES
+        copies.append(calc.exactly((places[:, None] == np.arange(count)).astype(np.float64)))
+    return lines(calc, q, copies[0], copies[1])
+
+
+def _scale(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) -> tuple[Interval, Interval]:
+    how, axes = scaling(calc, node, shape[0]), len(shape) + 1
+    pulled = calc.multiply(q, (by_channel(how.scale[0], axes), by_channel(how.scale[1], axes)))
+    mean, shift = by_channel(how.mean, axes), by_channel(how.shift, axes)
+    return pulled, calc.subtract(inner(calc, q, (shift, shift)), inner(calc, pulled, (mean, mean)))
+
+
+def _average(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) -> tuple[Interval, Interval]:
+    how = average(calc, node, shape[1:])
+    return lines(calc, how.divide(calc, q), how.rows.T, how.columns.T), _none(calc, q)
+
+
+def _flatten(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) -> tuple[Interval, Interval]:
+    return (q[0].reshape(-1, *shape), q[1].reshape(-1, *shape)), _none(calc, q)
+
+
+PULLS: dict[str, Pull] = {
+    "normalize": _scale,
+    "linear": _linear,
+    "conv2d": _conv2d,
+    "batch_norm1d": _scale,
+    "batch_norm2d": _scale,
+    "avg_pool2d": _average,
+    "adaptive_avg_pool2d": _average,
+    "flatten": _flatten,
+}
+"""Every affine operation of one input."""
+
+
+def pull(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) -> tuple[Interval, Interval]:
+    """``(Aᵀ q, q · b)`` of an affine node whose input has this shape."""
+    return PULLS[node.kind](calc, node, q, shape)
