@@ -1,20 +1,25 @@
-"""``verideq inspect``: what a model is made of, and whether its equilibria can be certified."""
+"""``verideq inspect``: what a model is made of, which class its weights come from, and what the stored ones prove."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from verideq.cli.options import Json, Weights, read_model
 from verideq.equilibrium import Equilibrium, gauge
 from verideq.errors import NoGaugeError
 from verideq.graph import model_hash, trace, unsupported
+from verideq.graph.file import KEY
+from verideq.graph.operations import parametrizations_of
 
 
 def inspect(
@@ -22,9 +27,9 @@ def inspect(
     weights: Weights = None,
     as_json: Json = False,
 ) -> int:
-    """Show a model's operations, what is unsupported, its parameters, and each equilibrium's gauge."""
+    """Show a model's operations, what is unsupported, its parameters, and what each equilibrium's weights prove."""
     network, name = read_model(model, weights)
-    facts = describe(network, name)
+    facts = describe(network, name, recorded_classes(Path(model)))
     if as_json:
         typer.echo(json.dumps(facts))
     else:
@@ -32,8 +37,29 @@ def inspect(
     return 1 if facts["unsupported"] else 0
 
 
-def describe(network: nn.Module, name: str) -> dict[str, Any]:
-    """What `inspect` shows, JSON-ready."""
+def recorded_classes(path: Path) -> dict[str, list[str]]:
+    """The parametrizations that a model file records, by node; empty where there is no such file.
+
+    A record and no more: what holds for the weights is read from the weights.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            nodes = json.loads(handle.metadata()[KEY])["nodes"]
+        return {node["name"]: [str(name) for name in node["parametrizations"]] for node in nodes}
+    except (SafetensorError, TypeError, ValueError, KeyError):  # another file, or an older one
+        return {}
+
+
+def describe(network: nn.Module, name: str, recorded: Mapping[str, list[str]]) -> dict[str, Any]:
+    """What `inspect` shows, JSON-ready.
+
+    Args:
+        network: the model.
+        name: of it.
+        recorded: by node, the class names that its file has for weights that no longer are parametrized.
+    """
     facts: dict[str, Any] = {"model": name, "unsupported": unsupported(network), "operations": [], "equilibria": []}
     facts["parameters"] = sum(p.numel() for p in network.parameters())
     if facts["unsupported"]:
@@ -47,7 +73,15 @@ def describe(network: nn.Module, name: str) -> dict[str, Any]:
         facts["operations"].append(
             {"name": node.name, "operation": node.operation.kind, "inputs": list(node.inputs), "tensors": shapes}
         )
-    facts["equilibria"] = [_equilibrium(place, layer) for place, layer in graph.equilibria()]
+    facts["equilibria"] = [
+        {
+            "name": place,
+            "class": ", ".join(parametrizations_of(layer.fusion) or recorded.get(place, [])) or None,
+            "units": len(layer.operator().absolute_units()),
+            **_guarantee(layer),
+        }
+        for place, layer in graph.equilibria()
+    ]
     return facts | {
         "parameters": stored,
         "hash": model_hash(network),
@@ -58,15 +92,20 @@ def describe(network: nn.Module, name: str) -> dict[str, Any]:
     }
 
 
-def _equilibrium(place: str, layer: Equilibrium) -> dict[str, Any]:
-    facts: dict[str, Any] = {"name": place, "units": len(layer.operator().absolute_units())}
+def _guarantee(layer: Equilibrium) -> dict[str, Any]:
+    """What the stored weights of one equilibrium prove, and how far they are from it where they prove nothing.
+
+    ``guarantee`` is ``gauge`` or ``None``.
+    """
     try:
         found = gauge(layer)
     except NoGaugeError as error:
         rate = error.rate if math.isfinite(error.rate) else None
-        return facts | {"gauge": None, "reason": str(error), "rate": rate, "steps": None}
+        missing = {"guarantee": None, "gauge": None, "reason": str(error), "rate": rate, "steps": None}
+        return missing | {"excess": None if rate is None else rate - 1}
     rate = found.rate(layer)
-    return facts | {
+    return {
+        "guarantee": "gauge",
         "gauge": "transformed layer" if found.transformed else "W",
         "smallest_slack": float(found.slack(layer).min()),
         "rate": rate,
@@ -93,11 +132,13 @@ def _show(facts: dict[str, Any]) -> None:
         table.add_row(node["name"], node["operation"], ", ".join(node["inputs"]), tensors)
     console.print(table)
     for layer in facts["equilibria"]:
-        if layer["gauge"] is None:
-            console.print(f"{layer['name']}: {layer['reason']}", markup=False)
+        head = f"{layer['name']}: {layer['units']} units, {layer['class'] or 'no class recorded'}"
+        if layer["guarantee"] is None:
+            missed = "" if layer["excess"] is None else f" (too large by about {layer['excess']:.3g})"
+            console.print(f"{head}: nothing is guaranteed{missed}: {layer['reason']}", markup=False)
         else:
             console.print(
-                f"{layer['name']}: {layer['units']} units, gauge of {layer['gauge']}, "
+                f"{head}: gauge of {'the ' * (layer['gauge'] != 'W')}{layer['gauge']}, "
                 f"smallest slack {layer['smallest_slack']:.3g}, "
                 f"contraction rate {layer['rate']:.4g}: about {layer['steps']} Picard steps to 1e-5 (worst case)",
                 markup=False,

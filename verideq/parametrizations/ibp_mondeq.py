@@ -3,23 +3,28 @@ propagation", ICLR 2022, Theorem 3.1."""
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from verideq.equilibrium import operator_of
 from verideq.errors import ParametrizationError
-from verideq.parametrizations.base import Parametrization
+from verideq.parametrizations.base import (
+    Contraction,
+    check_fusion,
+    install,
+    positive,
+    scaled,
+    tolerance,
+    unit_sums,
+)
 
 
-class IBPMonDEQ(Parametrization):
+class IBPMonDEQ(Contraction):
     """``W = D^-½ M D^-½`` with ``D = diag((|M|1 + |M|ᵀ1) / (2 (1-m)))`` and a free ``M``.
 
     **Theorem 3.1.** For ``0 < m < 1`` the largest eigenvalue of ``(|W| + |W|ᵀ)/2`` is at most ``1-m`` (here exactly,
     because ``D`` is taken as small as the theorem allows), so that ``ρ(|W|) <= 1-m``: the layer has a gauge, its
-    equilibrium is unique, and interval bounds are a second equilibrium of the same kind.
+    equilibrium is unique, and interval bounds are a second equilibrium of the same kind. ``√diag(D)`` is a gauge only
+    for a symmetric ``|M|``, so `gauge` names none.
 
     ``D`` has one entry a unit; for a convolution one a channel, from the absolute sums over the taps of an interior
     pixel. Then ``ρ(|W|) <= 1-m`` under every padding; the symmetric part is bounded for zero and circular padding only.
@@ -32,14 +37,8 @@ class IBPMonDEQ(Parametrization):
         ParametrizationError: `m` outside (0, 1).
     """
 
-    m: Tensor
-
     def __init__(self, m: float = 0.1) -> None:
-        super().__init__()
-        if not 0 < m < 1:
-            raise ParametrizationError(f"m = {m} is outside (0, 1), where Theorem 3.1 holds")
-        self.register_buffer("m", torch.tensor(float(m)))
-        self._drawn = False
+        super().__init__(m)
 
     @staticmethod
     def register(layer: nn.Module, m: float = 0.1) -> nn.Module:
@@ -61,49 +60,35 @@ class IBPMonDEQ(Parametrization):
         >>> bool(torch.linalg.eigvalsh((W + W.T) / 2).max() <= 0.9 + 1e-6)
         True
         """
-        operator_of(layer)
-        if getattr(layer, "groups", 1) != 1:
-            raise ParametrizationError(f"IBPMonDEQ needs groups=1; the convolution has {layer.groups}")
-        if parametrize.is_parametrized(layer, "weight"):
-            raise ParametrizationError("the weight is parametrized already; remove that parametrization first")
-        parametrization = IBPMonDEQ(m)
-        parametrization.to(cast(Tensor, layer.weight))
-        parametrization._drawn = True  # registration assigns the drawn weight: here it is M and not W
-        parametrize.register_parametrization(layer, "weight", parametrization)
-        parametrization._drawn = False
-        return layer
+        check_fusion(layer, "IBPMonDEQ")
+        return install(layer, IBPMonDEQ(m))
 
     def forward(self, M: Tensor) -> Tensor:
-        scale = self._diagonal(_unit_sums(M)).rsqrt()
-        return _scale(M, scale, scale)
+        sums = unit_sums(M)
+        both = (sums.sum(1, dtype=torch.float64) + sums.sum(0, dtype=torch.float64)).to(M.dtype)
+        # A D larger than the theorem's is as good: 1 for a unit of zeros, or of numbers next to underflow.
+        scale = positive(both / (2 * self.rate(M))).rsqrt()
+        return scaled(M, scale, scale)
 
-    def _diagonal(self, sums: Tensor) -> Tensor:
-        """The diagonal of ``D``, (units,), from the absolute sums (units, units)."""
-        d = (sums.sum(1) + sums.sum(0)) / (2 * (1 - self.m))
-        return torch.where(d > 0, d, torch.ones_like(d))
-
-    def right_inverse(self, W: Tensor) -> Tensor:
+    def inverse(self, W: Tensor) -> Tensor:
         """The ``M`` with ``forward(M) = W``, unique up to a factor for every connected block of units.
 
         ``M = D^½ W D^½`` needs ``√D`` to be a positive eigenvector of ``(|W| + |W|ᵀ)/2`` for the eigenvalue ``1-m``.
 
         Raises:
-            ParametrizationError: `W` has another spectral radius, or no positive eigenvector; the message says which
-            `m`
-                would fit.
+            ParametrizationError: `W` has another largest eigenvalue; the message says which `m` would fit.
         """
-        if self._drawn:
-            return W
-        sums = _unit_sums(W.detach()).to(torch.float64)
+        sums = unit_sums(W.detach()).to(torch.float64)
         symmetric, target = (sums + sums.T) / 2, 1 - float(self.m)
+        if not bool(symmetric.isfinite().all()):
+            raise ParametrizationError("W holds NaN or infinity")
         vector = torch.ones(len(sums), dtype=torch.float64, device=W.device)
-        tolerance = 64 * torch.finfo(W.dtype).eps * len(sums) ** 0.5
         for block in _components(symmetric):
             if len(block) == 1 and symmetric[block[0], block[0]] == 0:
                 continue  # a unit without connections: any scale serves
             values, vectors = torch.linalg.eigh(symmetric[block][:, block])
             largest = float(values[-1])
-            if not abs(largest - target) <= tolerance:
+            if not abs(largest - target) <= tolerance(W):
                 fitting = f"use m = {1 - largest:.6g}, or " if 0 < largest < 1 else "no m in (0, 1) fits: use "
                 raise ParametrizationError(
                     f"W is not of the form D^-1/2 M D^-1/2 at m = {float(self.m):.6g}: the largest eigenvalue of the "
@@ -112,17 +97,13 @@ class IBPMonDEQ(Parametrization):
                 )
             vector[block] = vectors[:, -1].abs()
         scale = vector.to(W.dtype)
-        return _scale(W, scale, scale)
+        return scaled(W, scale, scale)
 
 
-def _unit_sums(weight: Tensor) -> Tensor:
-    """``|M|`` summed over the taps of a kernel: (units, units)."""
-    return weight.abs().flatten(2).sum(2) if weight.dim() > 2 else weight.abs()
-
-
-def _scale(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    taps = [1] * (weight.dim() - 2)
-    return weight * rows.view(-1, 1, *taps) * columns.view(1, -1, *taps)
+def largest_eigenvalue(sums: Tensor) -> float:
+    """The largest eigenvalue of ``(K + Kᵀ)/2``, in float64."""
+    sums = sums.to(torch.float64)
+    return float(torch.linalg.eigvalsh((sums + sums.T) / 2)[-1])
 
 
 def _components(symmetric: Tensor) -> list[Tensor]:

@@ -5,28 +5,38 @@
     class TestAdjoint(BoundMethodSuite):
         method = "adjoint"
 
-    class TestRowGauge(ParametrizationSuite):
+    class TestMine(ParametrizationSuite):
         def make(self, layer):
-            return RowGauge.apply(layer)
+            return Mine.apply(layer)
+
+        def outside(self, W):  # only where the default is in the class
+            return W + 2
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
 
 from verideq.box import Box
 from verideq.certify import bound, prepare
 from verideq.equilibrium import Equilibrium, gauge
+from verideq.equilibrium.operators import exactly
 from verideq.errors import InputError, NoGaugeError, ParametrizationError, RegionError
+from verideq.graph import load_model, model_hash, save_model
+from verideq.parametrizations import Contraction, Parametrization
+from verideq.parametrizations.base import resolvent
 from verideq.region import Region
-from verideq.testing.exact import ExactModel, exact, outside
+from verideq.testing.exact import ExactModel, exact, matrix, outside
 from verideq.testing.strategies import Case, cases
 
 # The same test runs for every subclass, each of which is an executor of its own to hypothesis.
@@ -133,10 +143,16 @@ class ParametrizationSuite(ABC):
     """Relative, of a round trip in float32."""
     convolutions: bool = True
     """Whether the class takes convolutions."""
+    assignable: bool = True
+    """Whether a ``W`` can be assigned; otherwise every assignment is refused."""
 
     @abstractmethod
     def make(self, layer: nn.Module) -> nn.Module:
         """Register the parametrization on the weight of `layer` and return it."""
+
+    def outside(self, W: Tensor) -> Tensor:
+        """A weight that is refused, made from one of the class."""
+        return 3 * W + torch.ones_like(W)
 
     def layers(self) -> list[nn.Module]:
         """Fresh layers, parametrized: dense of several sizes, and convolutions with every padding."""
@@ -163,6 +179,182 @@ class ParametrizationSuite(ABC):
                 assert bool((found.slack(module) > 0).all())
                 assert found.rate(module) < 1
 
+    def small(self) -> list[nn.Module]:
+        """A few fresh layers, parametrized, for tests that take their time: dense, and convolutions."""
+        torch.manual_seed(2)
+        fresh: list[nn.Module] = [nn.Linear(12, 12, bias=False)]
+        if self.convolutions:
+            fresh.append(nn.Conv2d(3, 3, 3, padding=1, bias=False))
+        return [self.make(layer) for layer in fresh]
+
+    def holds(self, layer: nn.Module) -> Equilibrium:
+        """The layer as an equilibrium, after a look at its stored weight: finite, with a gauge; and if the class names
+        a gauge of its own, that one is a gauge too. A `Contraction` is as fast as its `m` says.
+        """
+        module = Equilibrium(layer, nn.Identity())
+        assert bool(self.weight(layer).isfinite().all())
+        assert bool((gauge(module).slack(module) > 0).all())
+        parametrization = parametrization_of(layer)
+        named = parametrization.gauge()
+        if named is not None:
+            assert bool((named.slack(module) > 0).all())
+        if isinstance(parametrization, Contraction):
+            rate = 1 - float(parametrization.m) + 1e-6
+            if named is None:
+                assert resolvent(module.operator().map(exactly).absolute_units(), rate) is not None
+            else:
+                assert named.rate(module) <= rate
+        return module
+
+    @pytest.mark.parametrize(("dtype", "optimiser"), [(torch.float32, "adam"), (torch.float64, "sgd")])
+    def test_no_optimiser_leaves_the_class(self, dtype: torch.dtype, optimiser: str) -> None:
+        # 1,000 steps that pull W in random directions, at rates that no training uses.
+        for layer in self.small():
+            layer.to(dtype)
+            parameters = list(layer.parameters())
+            steps: torch.optim.Optimizer
+            if optimiser == "adam":
+                steps = torch.optim.Adam(parameters, lr=0.3)
+            else:
+                steps = torch.optim.SGD(parameters, lr=100.0)
+            for step in range(1000):
+                W: Tensor = layer.weight  # type: ignore[assignment]  # nn.Module attributes are typed as a union
+                (W * torch.randn_like(W)).sum().backward()  # type: ignore[no-untyped-call]  # torch's own
+                steps.step()
+                steps.zero_grad()
+                if step % 50 == 49:
+                    self.holds(layer)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_random_free_tensors_are_in_the_class(self, dtype: torch.dtype) -> None:
+        for layer in self.small():
+            layer.to(dtype)
+            for scale in (1e-42, 1e-30, 1e-3, 1.0, 1e3, 1e15):
+                for draw in range(5):
+                    with torch.no_grad():
+                        for parameter in layer.parameters():
+                            parameter.normal_().mul_(scale)
+                            if draw % 2:  # magnitudes apart
+                                parameter.mul_(10 ** (4 * torch.randn_like(parameter)).clamp(-9, 9))
+                    self.holds(layer)
+
+    def test_zeros_are_in_the_class_and_have_gradients(self) -> None:
+        for layer in self.small():
+            original: Tensor = layer.parametrizations.weight.original  # type: ignore[union-attr,assignment]  # torch's own
+            fresh = original.detach().clone()
+            for kind in ("everything", "a row", "a column", "both", "all but one"):
+                with torch.no_grad():
+                    original.copy_(fresh if kind != "everything" else 0 * fresh)
+                    if kind in ("a row", "both"):
+                        original[1] = 0
+                    if kind in ("a column", "both"):
+                        original[:, 1] = 0
+                    if kind == "all but one":
+                        original.zero_()[0, 1] = 7.0
+                self.holds(layer)
+                layer.zero_grad()
+                W: Tensor = layer.weight  # type: ignore[assignment]  # nn.Module attributes are typed as a union
+                W.sum().backward()  # type: ignore[no-untyped-call]  # torch's own
+                assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in layer.parameters())
+
+    def test_the_class_is_not_left_where_m_goes_to_zero(self) -> None:
+        torch.manual_seed(3)
+        for size in (4, 32):
+            for draw in range(25):
+                layer = self.make(nn.Linear(size, size, bias=False))
+                if draw % 2:
+                    with torch.no_grad():
+                        for parameter in layer.parameters():
+                            parameter.normal_()
+                            if draw % 4 == 1 and parameter.dim() == 2:  # where ρ(|W|) comes closest to a norm
+                                parameter.add_(parameter.T.clone())
+                for m in (1e-4, 1e-8, 0.0):
+                    parametrization_of(layer).get_buffer("m").fill_(m)
+                    self.holds(layer)
+        # Equal entries, and scales at their ends: all the roundings of a row go the same way.
+        for size in range(1, 33):
+            layer = self.make(nn.Linear(size, size, bias=False))
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.fill_(1.0 if parameter.dim() == 2 else 50.0)
+            parametrization_of(layer).get_buffer("m").fill_(0.0)
+            self.holds(layer)
+
+    def test_a_trained_weight_comes_back(self) -> None:
+        if not self.assignable:
+            return
+        torch.manual_seed(4)
+        for layer in self.small():
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+            W = self.weight(layer).clone()
+            layer.weight = W
+            near = self.tolerance * float(W.abs().max())
+            assert torch.allclose(self.weight(layer), W, rtol=self.tolerance, atol=near)
+
+    def test_gradients_are_those_of_the_formula(self) -> None:
+        torch.manual_seed(5)
+        fresh: list[nn.Module] = [nn.Linear(3, 3, bias=False)]
+        if self.convolutions:
+            fresh.append(nn.Conv2d(2, 2, 3, padding=1, bias=False))
+        for layer in fresh:
+            self.make(layer.double())
+            names = [f"layer.{name}" for name, _ in layer.named_parameters()]
+            free = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
+
+            def weight(*values: Tensor, names: list[str] = names, layer: nn.Module = layer) -> Tensor:
+                result: Tensor = functional_call(_Weight(layer), dict(zip(names, values, strict=True)), ())
+                return result
+
+            assert torch.autograd.gradcheck(weight, free)
+
+    def test_the_model_file_holds_the_weight_and_a_gauge(self, tmp_path: Path) -> None:
+        for layer in self.layers():
+            units, dense = len(self.weight(layer)), isinstance(layer, nn.Linear)
+            injection = nn.Linear(2, units) if dense else nn.Conv2d(2, units, 1)
+            model = nn.Sequential(Equilibrium(layer, injection))
+            path = tmp_path / "model.safetensors"
+            identity = save_model(model, path)
+            loaded = load_model(path)
+            assert model_hash(loaded) == identity
+            ((_, stored),) = loaded.equilibria()
+            assert torch.equal(self.weight(stored.fusion), self.weight(layer))
+            assert bool((gauge(stored).slack(stored) > 0).all())
+            x = torch.randn((3, 2) if dense else (3, 2, 5, 5))
+            assert torch.allclose(loaded(x), model(x), atol=1e-4)
+
+    def test_a_convolution_is_its_dense_matrix(self) -> None:
+        if not self.convolutions:
+            return
+        torch.manual_seed(6)
+        shape = (2, 3, 4)
+        for mode in ("zeros", "circular", "reflect", "replicate"):
+            layer = self.make(nn.Conv2d(2, 2, 3, padding=1, padding_mode=mode, bias=False).double())
+            module = self.holds(layer)
+            W = matrix(module.operator(), shape)
+            z = torch.randn(5, *shape, dtype=torch.float64)
+            rows = torch.from_numpy(W.astype(np.float64))
+            applied = module.operator().map(exactly).apply(z)
+            assert torch.allclose(applied.flatten(1), z.flatten(1) @ rows.T, atol=1e-12 * float(rows.abs().max()))
+            # The gauge by channel is one of the whole matrix, exactly; of W̃ every row for its own unknown first.
+            found = gauge(module)
+            u = exact(found.u[:, None].expand(2, 12).flatten())
+            if found.transformed:
+                kernel: Tensor = exactly(self.weight(layer))
+                own = exact(kernel[(0, 1), (0, 1), 1, 1][:, None].expand(2, 12).flatten())
+                others = W - np.diag(own)
+                assert bool((np.abs(others) @ u < (1 - own) * u).all())
+            else:
+                assert bool((np.abs(W) @ u < u).all())
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+    def test_a_cuda_device_gives_the_same(self) -> None:
+        for layer in self.layers():
+            before = self.weight(layer).clone()
+            self.holds(layer.cuda())
+            assert torch.allclose(self.weight(layer).cpu(), before, rtol=1e-4, atol=1e-5)
+
     def test_an_equilibrium_is_found(self) -> None:
         for layer in self.layers():
             units = len(self.weight(layer))
@@ -174,6 +366,10 @@ class ParametrizationSuite(ABC):
     def test_an_assigned_weight_comes_back(self) -> None:
         for layer, other in zip(self.layers(), self.layers(), strict=True):
             W = self.weight(layer).clone()
+            if not self.assignable:
+                with pytest.raises(ParametrizationError):
+                    other.weight = W
+                continue
             other.weight = W
             assert torch.allclose(
                 self.weight(other), W, rtol=self.tolerance, atol=self.tolerance * float(W.abs().max())
@@ -183,7 +379,7 @@ class ParametrizationSuite(ABC):
         for layer in self.layers():
             before = self.weight(layer).clone()
             with pytest.raises(ParametrizationError):
-                layer.weight = 3 * before + torch.ones_like(before)
+                layer.weight = self.outside(before)
             assert torch.equal(self.weight(layer), before)
 
     def test_a_copy_is_independent_and_equal(self) -> None:
@@ -243,3 +439,21 @@ class ParametrizationSuite(ABC):
         for layer in self.layers():
             with pytest.raises(ParametrizationError):
                 self.make(layer)
+
+
+class _Weight(nn.Module):
+    """A module whose output is the weight of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        weight: Tensor = self.layer.weight  # type: ignore[assignment]  # nn.Module attributes are typed as a union
+        return weight
+
+
+def parametrization_of(layer: nn.Module) -> Parametrization:
+    """The parametrization on the weight of a layer."""
+    found: Parametrization = layer.get_submodule("parametrizations.weight.0")  # type: ignore[assignment]  # the first in the chain
+    return found

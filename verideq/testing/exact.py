@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from verideq.equilibrium.monotone import Monotone, MonotoneDense
 from verideq.equilibrium.operators import Convolution, Dense, Operator
 from verideq.errors import InputError
 from verideq.graph import INPUT, Graph
@@ -105,7 +106,11 @@ def matrix(operator: Operator, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
         InputError: an operator of another kind.
     """
-    if isinstance(operator, Dense):
+    if isinstance(operator, Monotone):
+        a, b = (_factor(operator, factor, shape) for factor in (operator.A, operator.B))
+        monotone: np.ndarray = exact(torch.eye(a.shape[1])) * (1 - Fraction(operator.m)) - a.T @ a + b - b.T
+        return monotone
+    if type(operator) is Dense:
         return exact(operator.weight)
     if not isinstance(operator, Convolution):
         raise InputError(f"no exact matrix is known for {type(operator).__name__}")
@@ -114,6 +119,14 @@ def matrix(operator: Operator, shape: tuple[int, ...]) -> np.ndarray:
     )
     size = int(np.prod(shape))
     return full.reshape(size, size)
+
+
+def _factor(operator: Monotone, factor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """The matrix of ``A`` or ``B``."""
+    if isinstance(operator, MonotoneDense):
+        return exact(factor)
+    rows, columns = (size // 2 for size in factor.shape[2:])
+    return matrix(Convolution(factor, (columns, columns, rows, rows), mode=operator.mode), shape)
 
 
 def solve_linear(matrix: np.ndarray, right: np.ndarray) -> np.ndarray | None:
