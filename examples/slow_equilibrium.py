@@ -6,7 +6,7 @@ step changes ``z`` by less than a thousandth has by then covered nine tenths of 
 
 verideq solves a row for its own unknown, which settles the single unit at once. So that its solver has work to do as
 well, it is also shown a ring of four units, each of which reads 0.99 times the one before: the same equilibrium four
-times over.
+times over. docs/not-a-proof.md has six cases more.
 """
 
 from __future__ import annotations
