@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -136,6 +137,7 @@ class Query:
         solver: of equilibria.
         tolerance: of the deployed solver, in units of the slack.
         upper: whether upper bounds are wanted too.
+        deadline: `time.monotonic` at which to hand back what there is; each sample has its share of what is left.
     """
 
     box: Box
@@ -145,6 +147,7 @@ class Query:
     solver: Solver = Auto(tol=TOLERANCE)
     tolerance: float = 0.0
     upper: bool = True
+    deadline: float = math.inf
 
     def __len__(self) -> int:
         return len(self.box.lower)
