@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install certify test check fmt build wheel-check clean
+.PHONY: help install certify test proofs check fmt build wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ certify: $(STAMP) ## certify the bundled model on the digits; e.g. ARGS="--eps 0
 
 test: $(STAMP) ## run the tests; e.g. ARGS="tests/test_region.py -x"
 	$(BIN)/pytest $(ARGS)
+
+proofs: $(STAMP) ## search for counterexamples to every theorem: two minutes; docs/theorems.md lists them
+	$(BIN)/pytest proofs_checks $(ARGS)
 
 check: $(STAMP) ## lint, check the layout of the code, check the types
 	$(BIN)/ruff check .

@@ -1,27 +1,32 @@
-"""Theorem 3.1 of Wei & Kolter (ICLR 2022) as docs/theory.md states it, for the weights that `IBPMonDEQ` gives."""
+"""Theorem 3.1 of Wei & Kolter (ICLR 2022) as docs/theory.md states it, for the weights that `IBPMonDEQ` gives:
+``D`` as small as the theorem allows, ``D = diag((|M|1 + |M|ᵀ1) / (2(1-m)))``, makes the largest eigenvalue of
+the symmetric part of ``|W|`` equal to ``1-m``, with the eigenvector ``√diag D``; and ``W`` has a gauge."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from proofs_checks.search import holds, rejects
 from verideq import Equilibrium, gauge
 from verideq.equilibrium import operator_of
+from verideq.errors import NoGaugeError
 from verideq.parametrizations import IBPMonDEQ
 from verideq.testing.exact import matrix
 from verideq.testing.strategies import PADDINGS
 
-checked = settings(max_examples=150, deadline=None, derandomize=True)
 LOOSE = 1e-9
+Weight = Callable[[Tensor, float], Tensor]
 
 
 @st.composite
-def free(draw: st.DrawFn) -> Tensor:
-    """A free ``M`` of 1 to 6 units: signs and scales mixed, rows and columns of zeros often."""
+def free(draw: st.DrawFn) -> tuple[Tensor, float]:
+    """A free ``M`` of 1 to 6 units: signs and scales mixed, rows and columns of zeros often; and an ``m``."""
     units = draw(st.integers(1, 6))
     values = draw(st.lists(st.integers(-5, 5), min_size=units * units, max_size=units * units))
     M = torch.tensor(values, dtype=torch.float64).view(units, units)
@@ -31,7 +36,27 @@ def free(draw: st.DrawFn) -> Tensor:
         M[kill] = 0
         if draw(st.booleans()):
             M[:, kill] = 0
-    return M
+    return M, draw(st.sampled_from([0.01, 0.1, 0.5, 0.99]))
+
+
+def stored(m: float) -> float:
+    """``m`` as the parametrization keeps it."""
+    return float(IBPMonDEQ(m).m)
+
+
+def package(M: Tensor, m: float) -> Tensor:
+    return IBPMonDEQ(m).double()(M)
+
+
+def formula(sums: Callable[[Tensor], Tensor]) -> Weight:
+    """A twin's ``D^-½ M D^-½``, with `sums` for ``(|M|1 + |M|ᵀ1) / 2``."""
+
+    def weight(M: Tensor, m: float) -> Tensor:
+        d = sums(M) / (1 - stored(m))
+        root = torch.where(d > 0, d, torch.ones_like(d)).sqrt()
+        return M / root[:, None] / root
+
+    return weight
 
 
 def largest(W: Tensor) -> float:
@@ -45,47 +70,76 @@ def radius(W: Tensor) -> float:
     return float(torch.linalg.eigvals(W.abs()).abs().max())
 
 
-@checked
-@given(free(), st.sampled_from([0.01, 0.1, 0.5, 0.99]))
-def test_the_largest_eigenvalue_of_the_symmetric_part_is_1_minus_m(M: Tensor, m: float) -> None:
-    W = IBPMonDEQ(m).double()(M)
-    m = float(IBPMonDEQ(m).m)  # as it is stored
-    assert bool(W.isfinite().all())
-    if bool(M.any()):
-        assert largest(W) == pytest.approx(1 - m, abs=LOOSE)
-    else:
-        assert not bool(W.any())
-    assert radius(W) <= 1 - m + 1e-6  # eigenvalues of a matrix that is not normal are known less well
-    assert bool(((W == 0) == (M == 0)).all()) and bool((W.sign() == M.sign()).all())
+def eigenvalue(case: tuple[Tensor, float], weight: Weight = package) -> bool:
+    """``1-m``; signs and zeros are those of ``M``; the spectral radius is no larger."""
+    M, m = case
+    W = weight(M, m)
+    if not bool(W.isfinite().all()) or not bool((W.sign() == M.sign()).all()):
+        return False
+    exact = abs(largest(W) - (1 - stored(m))) <= LOOSE if bool(M.any()) else not bool(W.any())
+    return exact and radius(W) <= 1 - stored(m) + 1e-6  # eigenvalues of a matrix that is not normal are known less well
 
 
-@checked
-@given(free(), st.sampled_from([0.01, 0.1, 0.5]))
-def test_the_square_root_of_D_is_the_eigenvector(M: Tensor, m: float) -> None:
-    parametrization = IBPMonDEQ(m).double()
-    m = float(parametrization.m)
-    W = parametrization(M).abs()
-    d = (M.abs().sum(0) + M.abs().sum(1)) / (2 * (1 - m))
-    root = d.sqrt()
-    assert torch.allclose((W + W.T) @ root / 2, (1 - m) * root, rtol=1e-9, atol=1e-9 * float(root.max()))
+def eigenvector(case: tuple[Tensor, float], rows_only: bool = False) -> bool:
+    M, m = case
+    W = package(M, m).abs()
+    sums = M.abs().sum(1) if rows_only else (M.abs().sum(0) + M.abs().sum(1)) / 2
+    root = (sums / (1 - stored(m))).sqrt()
+    return torch.allclose((W + W.T) @ root / 2, (1 - stored(m)) * root, rtol=1e-9, atol=1e-9 * float(root.max()))
 
 
-@checked
-@given(free())
-def test_a_gauge_is_found(M: Tensor) -> None:
+def gauged(case: tuple[Tensor, float], factor: float = 1) -> bool:
+    M, m = case
     layer = nn.Linear(len(M), len(M), bias=False).double()
     with torch.no_grad():
         layer.weight.copy_(M)
-    module = Equilibrium(IBPMonDEQ.apply(layer, m=0.1), nn.Identity())
-    assert bool((gauge(module).slack(module) > 0).all())
+        if factor == 1:
+            IBPMonDEQ.apply(layer, m=m)
+        else:
+            layer.weight.copy_((package(M, m) * factor).abs())
+    module = Equilibrium(layer, nn.Identity())
+    try:
+        return bool((gauge(module).slack(module) > 0).all())
+    except NoGaugeError:
+        return False
 
 
-@checked
-@given(free(), st.floats(0.05, 0.95))
-def test_the_inverse_gives_the_weight_back(M: Tensor, m: float) -> None:
+def inverse(case: tuple[Tensor, float], transposed: bool = False) -> bool:
+    M, m = case
     parametrization = IBPMonDEQ(m).double()
     W = parametrization(M)
-    assert torch.allclose(parametrization(parametrization.right_inverse(W)), W, atol=1e-9)
+    back = parametrization(parametrization.right_inverse(W.T if transposed else W))
+    return torch.allclose(back, W, atol=1e-9)
+
+
+def test_the_largest_eigenvalue_of_the_symmetric_part_is_1_minus_m() -> None:
+    holds(eigenvalue, free())
+
+
+def test_the_square_root_of_D_is_the_eigenvector() -> None:
+    holds(eigenvector, free())
+
+
+def test_a_gauge_is_found() -> None:
+    holds(gauged, free())
+
+
+def test_the_inverse_gives_the_weight_back() -> None:
+    holds(inverse, free())
+
+
+TWINS = {
+    "D from the rows": lambda case: eigenvalue(case, formula(lambda M: M.abs().sum(1))),
+    "D from M for |M|": lambda case: eigenvalue(case, formula(lambda M: (M.sum(0) + M.sum(1)) / 2)),
+    "eigenvector from the rows": lambda case: eigenvector(case, rows_only=True),
+    "gauge of W / (1 - m)²": lambda case: gauged(case, (1 - stored(case[1])) ** -2),
+    "inverse of Wᵀ": lambda case: inverse(case, transposed=True),
+}
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_broken_twin(twin: str) -> None:
+    rejects(TWINS[twin], free())
 
 
 def test_the_square_root_of_D_is_a_gauge_only_for_symmetric_M() -> None:

@@ -1,0 +1,1 @@
+"""One file a theorem: every statement that verideq stands on, searched for a counterexample."""
