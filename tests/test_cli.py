@@ -35,6 +35,7 @@ BUILDERS = """
 import torch
 from torch import nn
 from verideq import Equilibrium
+from verideq.parametrizations import NEMON
 
 CALLS = []
 
@@ -49,6 +50,11 @@ def wild():
     model = small()
     nn.init.constant_(model[1].fusion.weight, 5.0)
     return model
+
+def inverted():
+    torch.manual_seed(0)
+    fusion = NEMON.apply(nn.Linear(24, 24, bias=False))
+    return nn.Sequential(nn.Flatten(), Equilibrium(fusion, nn.Linear(64, 24)), nn.Linear(24, 10))
 
 def curved():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Tanh())
@@ -516,10 +522,11 @@ def test_inspect(digits_model: Path, here: Path, capsys: Capture) -> None:
     assert 0 < layer["rate"] < 1
     assert layer["smallest_slack"] > 0
     assert layer["steps"] == predicted_steps(layer["rate"])
+    assert (layer["class"], layer["guarantee"], layer["gauge"]) == ("IBPMonDEQ", "gauge", "W")
     assert run(["inspect", str(digits_model)]) == 0
     text = capsys.readouterr().out
     for word in (
-        "gauge of",
+        "24 units, IBPMonDEQ: gauge of W",
         "contraction rate",
         "Picard steps",
         "equilibrium",
@@ -541,8 +548,42 @@ def test_inspect_of_a_model_without_a_gauge(here: Path, capsys: Capture) -> None
     (layer,) = json.loads(capsys.readouterr().out)["equilibria"]
     assert layer["gauge"] is None
     assert layer["rate"] == pytest.approx(30, rel=0.01)
+    assert (layer["class"], layer["guarantee"]) == (None, None)
+    assert layer["excess"] == pytest.approx(29, rel=0.01)
     assert run(["inspect", "builders:wild"]) == 0
-    assert "no gauge: the spectral radius of |W| is about 30" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "no gauge: the spectral radius of |W| is about 30" in text
+    assert "6 units, no class recorded: nothing is guaranteed (too large by about 29)" in text
+
+
+def test_inspect_names_the_class_of_a_builder_and_of_its_file(here: Path, capsys: Capture) -> None:
+    assert run(["inspect", "builders:inverted", "--json"]) == 0
+    built = json.loads(capsys.readouterr().out)
+    (layer,) = built["equilibria"]
+    assert (layer["class"], layer["guarantee"], layer["gauge"]) == ("NEMON", "gauge", "transformed layer")
+    assert 0 < layer["rate"] < 1 and layer["smallest_slack"] > 0
+    save_model(sys.modules["builders"].inverted(), here / "inverted.safetensors")
+    assert run(["inspect", "inverted.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equilibria"] == built["equilibria"]
+    assert run(["inspect", "inverted.safetensors"]) == 0
+    assert "24 units, NEMON: gauge of the transformed layer, smallest slack" in capsys.readouterr().out
+
+
+def test_inspect_reads_the_guarantee_from_the_weights_and_not_from_the_record(here: Path, capsys: Capture) -> None:
+    path = here / "inverted.safetensors"
+    assert run(["inspect", "builders:inverted", "--json"]) == 0
+    capsys.readouterr()
+    save_model(sys.modules["builders"].inverted(), path)
+    tensors = load_file(path)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as handle:
+        metadata = handle.metadata()
+    (name,) = (name for name in tensors if name.endswith("fusion.weight"))
+    save_file({**tensors, name: torch.full_like(tensors[name], 0.5)}, path, metadata=metadata)
+    assert run(["inspect", str(path), "--json"]) == 0
+    (layer,) = json.loads(capsys.readouterr().out)["equilibria"]
+    assert (layer["class"], layer["guarantee"]) == ("NEMON", None)
 
 
 def test_inspect_of_an_unsupported_model(here: Path, capsys: Capture) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 import verideq
 from verideq.cli.certify import certify
 from verideq.cli.check import check
+from verideq.cli.import_ import import_
 from verideq.cli.inspect import inspect
 from verideq.cli.options import Interrupted
 from verideq.cli.report import report
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (certify, check, inspect, train, report):
     app.command()(command)
+app.command("import")(import_)
 
 
 def _version(value: bool) -> None:

@@ -3,8 +3,18 @@
 from verideq.equilibrium.gauge import Gauge, gauge
 from verideq.equilibrium.gradients import Gradient, Implicit, Phantom
 from verideq.equilibrium.layer import Equilibrium, System, solve
-from verideq.equilibrium.operators import Convolution, Dense, Operator, operator_of
-from verideq.equilibrium.solvers import Anderson, Auto, ForwardBackward, Picard, Solution, Solver, fixed_point
+from verideq.equilibrium.monotone import Monotone, MonotoneConvolution, MonotoneDense, MonotoneFusion
+from verideq.equilibrium.operators import Convolution, Dense, FactoredFusion, Operator, operator_of
+from verideq.equilibrium.solvers import (
+    Anderson,
+    Auto,
+    ForwardBackward,
+    PeacemanRachford,
+    Picard,
+    Solution,
+    Solver,
+    fixed_point,
+)
 
 __all__ = [
     "Anderson",
@@ -12,11 +22,17 @@ __all__ = [
     "Convolution",
     "Dense",
     "Equilibrium",
+    "FactoredFusion",
     "ForwardBackward",
     "Gauge",
     "Gradient",
     "Implicit",
+    "Monotone",
+    "MonotoneConvolution",
+    "MonotoneDense",
+    "MonotoneFusion",
     "Operator",
+    "PeacemanRachford",
     "Phantom",
     "Picard",
     "Solution",

@@ -7,7 +7,8 @@ Only the equilibrium is kept for the backward pass, so memory does not grow with
 **Phantom gradient** (Geng et al., "On training implicit models", NeurIPS 2021). From the detached equilibrium, `steps`
 tracked iterations ``z <- (1-λ) z + λ F(z)`` and plain backpropagation through them.
 
-Both serve a point (one part) and an interval pair (two parts) alike: they see only the map ``F``.
+Both serve a point (one part) and an interval pair (two parts) alike: they see only the map ``F``. Of a monotone layer,
+whose ``F`` need not contract, the adjoint equation of a point is solved by splitting, as the layer itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verideq.equilibrium.solvers import Auto, Solver, Step, fixed_point
+from verideq.equilibrium.solvers import Auto, Solution, Solver, Step, fixed_point
 from verideq.errors import InputError
 
 
@@ -54,9 +55,13 @@ class Phantom:
 
 
 Gradient = Implicit | Phantom
+Pull = Callable[[Tensor, Tensor, Solver], Solution]
+"""The adjoint of an equilibrium from its active units, the upstream gradient and a solver (`Splitting.pull`)."""
 
 
-def differentiable(value: Tensor, step: Step, frozen: Step, gradient: Gradient, throw: bool = True) -> Tensor:
+def differentiable(
+    value: Tensor, step: Step, frozen: Step, gradient: Gradient, throw: bool = True, splitting: Pull | None = None
+) -> Tensor:
     """The solved `value` with a gradient attached.
 
     Args:
@@ -65,6 +70,7 @@ def differentiable(value: Tensor, step: Step, frozen: Step, gradient: Gradient, 
         frozen: the same map with its parameters detached.
         gradient: which kind.
         throw: raise in the backward pass if the adjoint does not converge; otherwise its last iterate is the gradient.
+        splitting: how to solve the adjoint of a point where its fixed-point iteration need not converge.
     """
     if isinstance(gradient, Phantom):
         z = value
@@ -72,7 +78,12 @@ def differentiable(value: Tensor, step: Step, frozen: Step, gradient: Gradient, 
             z = (1 - gradient.damping) * z + gradient.damping * step(z)
         return z
 
+    def settled(solution: Solution) -> Solution:
+        return solution.check("the adjoint (backward pass)") if throw else solution
+
     def adjoint(upstream: Tensor) -> Tensor:
+        if splitting is not None:
+            return settled(splitting(value > 0, upstream, gradient.solver)).value
         with torch.enable_grad():
             at = value.detach().requires_grad_()
             image = frozen(at)
@@ -82,10 +93,7 @@ def differentiable(value: Tensor, step: Step, frozen: Step, gradient: Gradient, 
             return (pulled + upstream).movedim(0, 1)[None]
 
         # A gradient has no radius to keep nonnegative: centre and radius are solved as one part.
-        solution = fixed_point(pull, upstream.movedim(0, 1)[None], gradient.solver)
-        if throw:
-            solution.check("the adjoint (backward pass)")
-        return solution.value[0].movedim(1, 0)
+        return settled(fixed_point(pull, upstream.movedim(0, 1)[None], gradient.solver)).value[0].movedim(1, 0)
 
     result: Tensor = _Adjoint.apply(step(value), adjoint)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result

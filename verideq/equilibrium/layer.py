@@ -6,21 +6,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from verideq.equilibrium.gradients import Gradient, Implicit, Phantom, differentiable
+from verideq.equilibrium.monotone import Monotone
 from verideq.equilibrium.operators import Operator, operator_of
-from verideq.equilibrium.solvers import Anderson, Auto, ForwardBackward, Picard, Solution, Solver, fixed_point
+from verideq.equilibrium.solvers import (
+    DAMPING,
+    Anderson,
+    Auto,
+    ForwardBackward,
+    PeacemanRachford,
+    Picard,
+    Solution,
+    Solver,
+    damped,
+    fixed_point,
+)
+from verideq.equilibrium.splitting import Splitting, is_monotone
 from verideq.errors import ModelError, UnknownName
+from verideq.status import Convergence
 
 relu = F.relu
+Matrix = Tensor | NDArray[np.floating[Any]]
 SOLVERS: dict[str, Solver] = {
     "auto": Auto(),
     "picard": Picard(),
     "anderson": Anderson(),
     "forward-backward": ForwardBackward(),
+    "peaceman-rachford": PeacemanRachford(),
 }
 GRADIENTS: dict[str, Gradient] = {"implicit": Implicit(), "phantom": Phantom()}
 _RELUS: tuple[object, ...] = (F.relu, torch.relu, torch.relu_, nn.ReLU, "relu")
@@ -59,7 +77,7 @@ class System:
         ``G`` takes two products in centre-radius form: ``p = W c + v_c``, ``q = |W| r + v_r``,
         ``[relu(p - q), relu(p + q)]``.
         """
-        operators = (self.operator, self.operator.absolute())[: len(self.injection)]
+        operators = (self.operator,) if len(self.injection) == 1 else (self.operator, self.operator.absolute())
 
         def step(x: Tensor) -> Tensor:
             mapped = [op.apply(part).add_(v) for op, part, v in zip(operators, x, self.injection, strict=True)]
@@ -88,11 +106,13 @@ class Equilibrium(nn.Module):
     """A deep equilibrium layer: ``forward(x)`` is the ``z*`` with ``z* = relu(W z* + injection(x))``.
 
     Args:
-        fusion: ``W``: a square `Linear`, or a stride-1 "same" `Conv2d`, without bias; its weight may be parametrized.
+        fusion: ``W``: a square `Linear`, or a stride-1 "same" `Conv2d`, without bias, whose weight may be parametrized;
+            or the factored one of `MonDEQ`.
         injection: any supported module that maps the input to the shape of ``z``; its bias is the layer's ``b``.
         activation: ReLU, in any of torch's spellings.
-        solver: how the equilibrium is found; `Auto`, `Picard`, `Anderson` or `ForwardBackward`, or one of the names
-            ``auto``, ``picard``, ``anderson`` and ``forward-backward`` for their defaults.
+        solver: how the equilibrium is found; `Auto`, `Picard`, `Anderson`, `ForwardBackward` or `PeacemanRachford`, or
+            one of the names ``auto``, ``picard``, ``anderson``, ``forward-backward`` and ``peaceman-rachford`` for
+            their defaults.
         gradient: `Implicit` (exact, constant memory) or `Phantom`; or ``implicit`` or ``phantom``.
         throw: raise when a sample does not converge; otherwise the last iterate is returned.
 
@@ -127,6 +147,37 @@ class Equilibrium(nn.Module):
         self.gradient: Gradient = _named("gradient", gradient, GRADIENTS)
         self.throw = throw
 
+    @classmethod
+    def from_matrices(cls, W: Matrix, U: Matrix, b: Matrix | None = None, **options: Any) -> Equilibrium:
+        """The layer ``z* = relu(W z* + U x + b)`` from dense arrays of one dtype, float32 or float64, which are copied.
+
+        Args:
+            W: (units, units).
+            U: (units, inputs).
+            b: (units,); ``None`` for no bias.
+            options: solver, gradient and throw, as the class takes them.
+
+        Raises:
+            ModelError: shapes that do not fit, or another dtype.
+
+        >>> layer = Equilibrium.from_matrices(-0.2 * torch.eye(3), torch.ones(3, 2), torch.zeros(3))
+        >>> layer(torch.ones(1, 2)).detach().round(decimals=4)
+        tensor([[1.6667, 1.6667, 1.6667]])
+        """
+        given = {name: torch.as_tensor(x) for name, x in (("W", W), ("U", U), ("b", b)) if x is not None}
+        shapes = {name: tuple(x.shape) for name, x in given.items()}
+        units = shapes["W"][:1]
+        fits = shapes["W"] == 2 * units and len(shapes["U"]) == 2 and shapes["U"][:1] == units
+        if not fits or shapes.get("b", units) != units:
+            wanted = "W (units, units), U (units, inputs) and b (units,)"
+            raise ModelError(f"a dense equilibrium takes {wanted}; got {shapes}")
+        dtypes = {x.dtype for x in given.values()}
+        if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise ModelError(f"the matrices of an equilibrium are all float32 or all float64; got {names}")
+        fusion = linear(given["W"], None)
+        return cls(fusion, linear(given["U"], given.get("b")), **options)
+
     def operator(self) -> Operator:
         """A snapshot of ``W``: the parametrization is evaluated here and nowhere else."""
         return operator_of(self.fusion)
@@ -146,7 +197,8 @@ class Equilibrium(nn.Module):
         return solved[0], solved[1]
 
     def system(self, injection: Tensor) -> System:
-        """The problem as the chosen solver takes it: `Auto` solves the rows for their own unknowns first.
+        """The problem as the chosen solver iterates it: `Auto` solves the rows for their own unknowns first, or damps
+        the step of a factored monotone ``W``.
 
         Args:
             injection: (parts, batch, *features), see `System`.
@@ -154,6 +206,10 @@ class Equilibrium(nn.Module):
         Raises:
             ModelError: the injection does not have the shape of a state.
         """
+        return _posed(self._problem(injection), self.solver)
+
+    def _problem(self, injection: Tensor) -> System:
+        """The layer as it is, its shapes checked."""
         system = System(self.operator(), injection)
         given, wanted = tuple(injection.shape[2:]), system.operator.shape
         if len(given) != len(wanted) or any(w is not None and w != g for g, w in zip(given, wanted, strict=True)):
@@ -162,28 +218,101 @@ class Equilibrium(nn.Module):
                 f"the injection gives {given} a sample, and W takes a state of shape ({shape}); change the "
                 "injection's output"
             )
-        if isinstance(self.solver, ForwardBackward):
-            return replace(system, alpha=self.solver.alpha)
-        return system.solved() if isinstance(self.solver, Auto) else system
+        return system
 
     def _run(self, injection: Tensor) -> Tensor:
-        system = self.system(injection)
-        frozen = system.map(Tensor.detach)
-        solution = self._solve(frozen, self.solver)
+        given = self._problem(injection)
+        solution, system, splitting = _settle(given, self.solver)
         if self.throw:
             solution.check()
         tracked = injection.requires_grad or any(p.requires_grad for p in self.fusion.parameters())
         if not (torch.is_grad_enabled() and tracked):
             return solution.value
-        return differentiable(solution.value, system.stepper(), frozen.stepper(), self.gradient, self.throw)
-
-    @staticmethod
-    @torch.no_grad()
-    def _solve(system: System, solver: Solver) -> Solution:
-        return fixed_point(system.stepper(), system.start(), solver)
+        gradient = self.gradient
+        if isinstance(gradient, Phantom):
+            # Undamped steps of a layer that needed a splitting may lead away from its equilibrium.
+            system = system if splitting is None else replace(system, alpha=_damping(system.operator))
+        else:
+            splitting = splitting or _split(given, gradient.solver)
+            system = system if splitting is None else given
+            gradient = replace(gradient, solver=_rescaled(gradient.solver, system))
+        frozen = system.map(Tensor.detach)
+        pull = None if splitting is None else splitting.pull
+        return differentiable(solution.value, system.stepper(), frozen.stepper(), gradient, self.throw, pull)
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, gradient={self.gradient}"
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A `Linear` that holds copies of these tensors, in their dtype and on their device."""
+    with torch.device("meta"):  # nothing is drawn
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def _split(given: System, solver: Solver) -> Splitting | None:
+    """The splitting by which a solver solves a point, if that is how it solves this ``W``."""
+    wanted = isinstance(solver, PeacemanRachford)
+    monotone = isinstance(solver, Auto) and isinstance(given.operator, Monotone)
+    if len(given.injection) > 1 or not (wanted or monotone):
+        return None
+    alpha = solver.alpha if isinstance(solver, PeacemanRachford) else None
+    splitting = Splitting.of(given.operator.map(Tensor.detach), tuple(given.injection.shape[2:]), alpha)
+    if splitting is None and wanted:
+        raise ModelError(
+            "PeacemanRachford inverts I - W, which is dense, or a factored convolution (MonDEQ) that is circular or "
+            "works on a small image; use another solver"
+        )
+    return splitting
+
+
+def _posed(given: System, solver: Solver) -> System:
+    """The problem as a solver iterates it where it does not split it."""
+    if isinstance(solver, ForwardBackward):
+        return replace(given, alpha=_damping(given.operator) if solver.alpha is None else solver.alpha)
+    if not isinstance(solver, (Auto, PeacemanRachford)):
+        return given
+    if len(given.injection) == 1 and isinstance(given.operator, Monotone):
+        return replace(given, alpha=_damping(given.operator))
+    return given.solved()
+
+
+def _damping(operator: Operator) -> float:
+    """A damping under which the step of a monotone layer contracts; `DAMPING` where nothing is known."""
+    return operator.damping() if isinstance(operator, Monotone) else DAMPING
+
+
+def _rescaled(solver: Solver, system: System) -> Solver:
+    """The solver with its tolerance taken from the damped step to the layer itself."""
+    if isinstance(solver, ForwardBackward):
+        return replace(solver, alpha=system.alpha)
+    if system.alpha == 1:
+        return solver
+    return replace(solver, tol=damped(solver, system.alpha, system.injection.dtype))
+
+
+def _settle(given: System, solver: Solver) -> tuple[Solution, System, Splitting | None]:
+    """The solution, the problem whose map has it for a fixed point, and the splitting that found it, if one did."""
+    splitting = _split(given, solver)
+    if splitting is not None:
+        return splitting.solve(given.injection.detach(), solver), given, splitting
+    system = _posed(given, solver)
+    solution = _iterate(system.map(Tensor.detach), solver)
+    failed = isinstance(solver, Auto) and solution.convergence is not Convergence.CONVERGED
+    if failed and len(given.injection) == 1 and is_monotone(given.operator):
+        # Without a gauge Picard need not converge; a dense W that is monotone all the same can be split.
+        again = replace(PeacemanRachford(), tol=solver.tol, max_steps=solver.max_steps)
+        return _settle(given, again)
+    return solution, system, None
+
+
+@torch.no_grad()
+def _iterate(system: System, solver: Solver) -> Solution:
+    return fixed_point(system.stepper(), system.start(), _rescaled(solver, system))
 
 
 def _named(kind: str, choice: Any, known: Mapping[str, Any]) -> Any:
@@ -224,6 +353,6 @@ def solve(
         max_steps=layer.solver.max_steps if max_steps is None else max_steps,
     )
     with torch.no_grad():
-        solution = Equilibrium._solve(layer.system(layer.injection(x)[None]), solver)
+        solution, _, _ = _settle(layer._problem(layer.injection(x)[None]), solver)
     solution = replace(solution, value=solution.value[0])
     return solution.check() if throw else solution

@@ -38,7 +38,13 @@ class Operator(Protocol):
         """``W z``; (batch, *features) in and out."""
 
     def absolute(self) -> Operator:
-        """The operator of ``|W|``, entrywise."""
+        """The operator of ``|W|``, entrywise; of a bound of it where ``W`` is not stored entry by entry."""
+
+    def transpose(self) -> Operator:
+        """The operator of ``Wᵀ``: ``<W z, y> = <z, Wᵀ y>`` for all ``z`` and ``y``, at every border."""
+
+    def diagonal(self) -> Tensor:
+        """The own entries ``W_ii`` as `solved` takes them, shaped to broadcast over (batch, *features)."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Operator:
         """The same operator with every stored tensor changed: another dtype or device, or cut off from autograd."""
@@ -89,6 +95,12 @@ class Dense:
 
     def absolute(self) -> Dense:
         return Dense(self.weight.abs())
+
+    def transpose(self) -> Dense:
+        return Dense(self.weight.T)
+
+    def diagonal(self) -> Tensor:
+        return self.weight.diagonal()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Dense:
         return Dense(change(self.weight))
@@ -155,19 +167,38 @@ class Convolution:
     def absolute(self) -> Convolution:
         return self._with(self.weight.abs())
 
+    def transpose(self) -> Convolution | FoldedConvolution:
+        if self.mode not in ("zeros", "circular"):
+            return FoldedConvolution(self)
+        channels, per_group, *kernel = self.weight.shape
+        blocks = self.weight.reshape(self.groups, channels // self.groups, per_group, *kernel).transpose(1, 2)
+        left, right, top, bottom = self.pads
+        flipped = blocks.reshape(channels, per_group, *kernel).flip(2, 3)
+        return Convolution(flipped, (right, left, bottom, top), self.dilation, self.groups, self.mode)
+
+    def diagonal(self) -> Tensor:
+        place = self._own_tap()
+        return self.weight.new_zeros(len(self.weight), 1, 1) if place is None else self.weight[place][:, None, None]
+
+    def _own_tap(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Where in the kernel each channel reads its own position; ``None`` where no tap does."""
+        row, odd_row = divmod(self.pads[2], self.dilation[0])
+        column, odd_column = divmod(self.pads[0], self.dilation[1])
+        if odd_row or odd_column:
+            return None
+        outputs = torch.arange(len(self.weight), device=self.weight.device)
+        taps = torch.full_like(outputs, row), torch.full_like(outputs, column)
+        return outputs, outputs % self.weight.shape[1], *taps
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Convolution:
         return self._with(change(self.weight))
 
     def solved(self) -> tuple[Convolution, Tensor]:
-        # The tap that reads the output's own position. At a border a padded copy of a pixel may be read as well; that
-        # share stays in W̃, which is just as valid: any part of the diagonal may be moved to the left.
-        row, odd_row = divmod(self.pads[2], self.dilation[0])
-        column, odd_column = divmod(self.pads[0], self.dilation[1])
-        channels, per_group = self.weight.shape[:2]
-        if odd_row or odd_column:
-            return self, self.weight.new_ones(channels, 1, 1)
-        outputs = torch.arange(channels, device=self.weight.device)
-        place = (outputs, outputs % per_group, torch.full_like(outputs, row), torch.full_like(outputs, column))
+        # At a border a padded copy of a pixel may be read as well as the pixel itself; that share stays in W̃, which is
+        # just as valid: any part of the diagonal may be moved to the left.
+        place = self._own_tap()
+        if place is None:
+            return self, self.weight.new_ones(len(self.weight), 1, 1)
         kept, factor = _own(self.weight, self.weight[place])
         weight = self.weight.index_put(place, kept) * factor[:, None, None, None]
         return self._with(weight), factor[:, None, None]
@@ -186,12 +217,86 @@ class Convolution:
         return u[:, None, None]
 
 
+@dataclass(frozen=True)
+class FoldedConvolution:
+    """``Wᵀ`` of a convolution with ``reflect`` or ``replicate`` padding, which is no convolution near the border.
+
+    ``W`` pads and then convolves, so ``Wᵀ`` convolves with the transposed kernel and then folds: every position of the
+    padding is added to the pixel that it copies.
+    """
+
+    convolution: Convolution
+
+    @property
+    def terms(self) -> int:
+        left, right, top, bottom = self.convolution.pads
+        return self.convolution.terms * (1 + left + right) * (1 + top + bottom)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.convolution.dtype
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        return self.convolution.shape
+
+    def apply(self, z: Tensor) -> Tensor:
+        conv = self.convolution
+        padded = F.conv_transpose2d(z, conv.weight, None, groups=conv.groups, dilation=conv.dilation)
+        for axis, pads in ((-2, conv.pads[2:]), (-1, conv.pads[:2])):
+            size = z.shape[axis]
+            copied = F.pad(torch.arange(size, dtype=torch.float64, device=z.device)[None], pads, conv.mode)[0].long()
+            folded = padded.new_zeros(*(size if d == padded.dim() + axis else n for d, n in enumerate(padded.shape)))
+            padded = folded.index_add(axis, copied, padded)
+        return padded
+
+    def absolute(self) -> FoldedConvolution:
+        return FoldedConvolution(self.convolution.absolute())
+
+    def transpose(self) -> Convolution:
+        return self.convolution
+
+    def diagonal(self) -> Tensor:
+        return self.convolution.diagonal()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FoldedConvolution:
+        return FoldedConvolution(self.convolution.map(change))
+
+    def solved(self) -> tuple[Operator, Tensor]:
+        raise ModelError(
+            f"a transposed {self.convolution.mode} convolution has no solved rows; solve before transposing"
+        )
+
+    def absolute_units(self) -> Tensor:
+        raise ModelError(
+            f"the sums of a transposed {self.convolution.mode} convolution differ by pixel near the border; take those "
+            "of the convolution itself"
+        )
+
+    def spread_units(self, u: Tensor) -> Tensor:
+        return self.convolution.spread_units(u)
+
+
+class FactoredFusion(nn.Module):
+    """A fusion whose ``W`` is not the weight of one layer: it brings its own operator."""
+
+    def operator(self) -> Operator:
+        """A snapshot of ``W``."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``W z``; (batch, *features) in and out."""
+        return self.operator().apply(z)
+
+
 def operator_of(fusion: nn.Module, place: str = "fusion") -> Operator:
-    """The operator of a `Linear` or `Conv2d`, its weight read (and its parametrization evaluated) once.
+    """The operator of a `Linear`, `Conv2d` or `FactoredFusion`, its weight read (its parametrization evaluated) once.
 
     Raises:
-        ModelError: the module is neither, has a bias, or does not map its input shape to itself.
+        ModelError: the module is none of them, has a bias, or does not map its input shape to itself.
     """
+    if isinstance(fusion, FactoredFusion):
+        return fusion.operator()
     kind = type_before_parametrizations(fusion)
     if getattr(fusion, "bias", None) is not None:
         raise ModelError(f"{place}: the fusion of an equilibrium has no bias (bias=False); put it into the injection")
@@ -205,7 +310,8 @@ def operator_of(fusion: nn.Module, place: str = "fusion") -> Operator:
     if kind is nn.Conv2d:
         return _convolution_of(fusion, place)  # type: ignore[arg-type]  # the type test above is on the original class
     raise ModelError(
-        f"{place}: a fusion is a Linear or a Conv2d without bias, whose weight may be parametrized; got {kind.__name__}"
+        f"{place}: a fusion is a Linear or a Conv2d without bias, whose weight may be parametrized, or a factored one "
+        f"(verideq.parametrizations.MonDEQ); got {kind.__name__}"
     )
 
 

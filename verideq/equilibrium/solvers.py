@@ -87,18 +87,55 @@ class ForwardBackward(Solver):
     """Damped forward-backward splitting ``z <- relu((1-α) z + α (W z + v))`` (Winston & Kolter, NeurIPS 2020).
 
     For a monotone ``I - W`` with ``I - sym W ⪰ m I`` it converges for ``0 < α < 2m / ‖I - W‖²``.
+
+    Args:
+        alpha: ``α``; ``None``: a step under which a factored monotone ``W`` (`MonDEQ`), which states its ``m``,
+            contracts, and 0.125 for any other.
     """
 
-    alpha: float = 0.125
-
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """A damped step moves ``α`` times as far: the same tolerance on the layer's own residual."""
-        return self.alpha * super().tolerance(dtype)
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         Solver.__post_init__(self)
-        if not 0 < self.alpha <= 1:
+        if self.alpha is not None and not 0 < self.alpha <= 1:
             raise InputError(f"alpha {self.alpha} is no damping; give a number in (0, 1]")
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        return damped(self, DAMPING if self.alpha is None else self.alpha, dtype)
+
+
+@dataclass(frozen=True)
+class PeacemanRachford(Solver):
+    """Peaceman-Rachford splitting (Winston & Kolter, NeurIPS 2020), for monotone layers without a gauge.
+
+    Every step multiplies by ``(I + α (I - W))⁻¹``, which is computed once a snapshot of ``W``: for a dense ``W``, or a
+    factored convolution that is circular or works on a small image. It converges for every ``α > 0``; the residual is
+    that of the splitting's own state.
+
+    Args:
+        alpha: ``α``; ``None``: from the norms of ``I - W``.
+    """
+
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        Solver.__post_init__(self)
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise InputError(f"alpha {self.alpha} is no step; give a positive number")
+
+
+DAMPING = 0.125
+"""The damping of `ForwardBackward` where nothing is known of ``W``."""
+
+
+def damped(solver: Solver, alpha: float, dtype: torch.dtype) -> float:
+    """The tolerance on a damped step, which moves ``α`` times as far, that is the solver's on the layer's residual.
+
+    By default no smaller than what the dtype resolves.
+    """
+    if solver.tol is not None:
+        return alpha * solver.tol
+    return max(alpha * Solver.tolerance(solver, dtype), 4 * torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from verideq.equilibrium import Equilibrium
+from verideq.equilibrium import Equilibrium, MonotoneFusion
 from verideq.errors import ModelError
 
 
@@ -184,22 +184,90 @@ class _EquilibriumOperation(Operation):
 
     def describe(self, module: nn.Module) -> dict[str, Any]:
         fusion = module.get_submodule("fusion")
-        inner = OPERATIONS[FUSIONS[type_before_parametrizations(fusion)]]
-        return {"activation": "relu", "fusion": {"operation": inner.kind, "attributes": inner.describe(fusion)}}
+        return {"activation": "relu", "fusion": FUSIONS[type_before_parametrizations(fusion)].describe(fusion)}
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
-        with torch.no_grad(), evaluating(module):
-            weight: Tensor = module.get_submodule("fusion").weight  # type: ignore[assignment]  # a weight is a tensor
-        return {"fusion.weight": weight.detach()}
+        fusion = module.get_submodule("fusion")
+        state = FUSIONS[type_before_parametrizations(fusion)].state(fusion)
+        return {f"fusion.{name}": tensor for name, tensor in state.items()}
+
+    def create(self, attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+        # Which tensors there are depends on the fusion, whose builder looks at them.
+        return Operation.create(replace(self, tensors=tuple(tensors)), attributes, tensors)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A kind of ``W``: what stands under ``fusion`` in the description of an equilibrium.
+
+    Args:
+        kind: its name in files and messages.
+        tensors: the names of its tensors.
+        describe: from an instance to ``{"operation": kind, "attributes": ...}``, JSON-ready.
+        build: from the attributes and tensors to an instance of the right shapes.
+    """
+
+    kind: str
+    tensors: tuple[str, ...]
+    describe: Callable[[Any], dict[str, Any]]
+    build: Callable[[Mapping[str, Any], Mapping[str, Tensor]], nn.Module]
+
+    def state(self, fusion: nn.Module) -> dict[str, Tensor]:
+        """The tensors of an instance, materialised."""
+        with torch.no_grad(), evaluating(fusion):
+            return {name: getattr(fusion, name).detach() for name in self.tensors}
+
+
+def _layer_fusion(kind: str) -> Fusion:
+    """A fusion that is an operation by itself."""
+
+    def describe(fusion: nn.Module) -> dict[str, Any]:
+        return {"operation": kind, "attributes": OPERATIONS[kind].describe(fusion)}
+
+    def build(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+        return OPERATIONS[kind].create(attributes, tensors)
+
+    return Fusion(kind, ("weight",), describe, build)
+
+
+def _describe_mondeq(fusion: MonotoneFusion) -> dict[str, Any]:
+    """``m``, and the layer that ``A`` is the weight of; ``B`` has the same kernel, or is square."""
+    rows, units, *kernel = fusion.A.shape
+    attributes: dict[str, Any]
+    if kernel:
+        values = (units, rows, tuple(kernel), (1, 1), "same", (1, 1), 1, fusion.padding_mode)
+        inner, attributes = "conv2d", dict[str, Any](zip(_CONV, values, strict=True))
+    else:
+        inner, attributes = "linear", {"in_features": units, "out_features": rows}
+    described = {"m": float(fusion.m), "operation": inner, "attributes": attributes}
+    return {"operation": "mondeq", "attributes": described}
+
+
+def _build_mondeq(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    m, inner, given = attributes["m"], attributes["operation"], attributes["attributes"]
+    if not isinstance(m, float):
+        raise ValueError(f"the m of a factored W is a floating-point number; got {m!r}")
+    fusion = MonotoneFusion(tensors["A"], tensors["B"], m, given.get("padding_mode", "zeros"))
+    wanted = _describe_mondeq(fusion)["attributes"]
+    stated = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if set(attributes) != set(wanted) or inner != wanted["operation"] or stated != wanted["attributes"]:
+        raise ValueError(
+            f"the factors A {tuple(fusion.A.shape)} and B {tuple(fusion.B.shape)} belong to {wanted['operation']} "
+            f"{wanted['attributes']}; the description says {inner} {stated}"
+        )
+    return fusion
 
 
 def _build_equilibrium(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    fusion = attributes["fusion"]
-    if fusion["operation"] not in FUSIONS.values():
-        raise ValueError(f"unknown fusion {fusion['operation']!r}; known: {', '.join(FUSIONS.values())}")
-    inner = OPERATIONS[fusion["operation"]]
-    module = inner.create(fusion["attributes"], {"weight": tensors["fusion.weight"]})
-    return Equilibrium(module, nn.Identity(), attributes["activation"])
+    described = attributes["fusion"]
+    known = {fusion.kind: fusion for fusion in FUSIONS.values()}
+    if described["operation"] not in known:
+        raise ValueError(f"unknown fusion {described['operation']!r}; known: {', '.join(known)}")
+    kind = known[described["operation"]]
+    stored = {name.removeprefix("fusion."): tensor for name, tensor in tensors.items()}
+    if set(stored) != set(kind.tensors):
+        raise ValueError(f"a {kind.kind} fusion has the tensors {sorted(kind.tensors)}; got {sorted(stored)}")
+    return Equilibrium(kind.build(described["attributes"], stored), nn.Identity(), attributes["activation"])
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -229,13 +297,18 @@ OPERATIONS: dict[str, Operation] = {
         Operation("flatten", nn.Flatten, (), refuse=_refuse_flatten),
         Operation("add", Add),
         _EquilibriumOperation(
-            "equilibrium", Equilibrium, ("activation", "fusion"), ("fusion.weight",), _build_equilibrium
+            "equilibrium", Equilibrium, ("activation", "fusion"), ("fusion.weight", "fusion.A", "fusion.B"),
+            _build_equilibrium,
         ),
     )
 }  # fmt: skip
 """Every supported operation by kind."""
 
-FUSIONS: dict[type, str] = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
+FUSIONS: dict[type, Fusion] = {
+    nn.Linear: _layer_fusion("linear"),
+    nn.Conv2d: _layer_fusion("conv2d"),
+    MonotoneFusion: Fusion("mondeq", ("A", "B"), _describe_mondeq, _build_mondeq),
+}
 """What may stand as ``W``."""
 
 _BY_CLASS: dict[type, Operation] = {operation.module: operation for operation in OPERATIONS.values()}
@@ -247,9 +320,11 @@ def operation_of(module: nn.Module) -> Operation | None:
 
 
 def parametrizations_of(module: nn.Module) -> list[str]:
-    """The class names of the parametrizations on a module or its fusion, for the record in a model file."""
+    """The class names of the parametrizations of a module or its fusion, for the record in a model file."""
     names: list[str] = []
     for part in module.modules():
+        if isinstance(part, MonotoneFusion):
+            names.append("MonDEQ")
         if is_parametrized(part):
             for chain in part.parametrizations.values():  # type: ignore[operator]  # a ModuleDict there
                 names += [type(parametrization).__name__ for parametrization in chain]
