@@ -80,9 +80,14 @@ class Proof:
     trees: tuple[tuple[tuple[int, ...] | None, Tree], ...] = ((None, 0),)
 
 
-def gauge_file(model: bytes, gauges: Mapping[str, Gauge]) -> bytes:
-    """The model certificate: a gauge for every equilibrium, (units,), of the model of this file."""
-    arrays = {f"gauge/{name}": gauge.u.cpu().numpy() for name, gauge in gauges.items()}
+def gauge_file(model: bytes, gauges: Mapping[str, Gauge], monotone: Mapping[str, float] | None = None) -> bytes:
+    """The model certificate of the model of this file: gauges, (units,), and an ``m`` for layers without one.
+
+    Args:
+        monotone: of dense layers; a factored one needs none.
+    """
+    arrays: dict[str, Numbers] = {f"gauge/{name}": gauge.u.cpu().numpy() for name, gauge in gauges.items()}
+    arrays |= {f"m/{name}": np.array(m, dtype=np.float64) for name, m in (monotone or {}).items()}
     return _blob(arrays, {"version": VERSION, "model": model_hash(parse_blob(model))})
 
 

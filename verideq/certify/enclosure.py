@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from verideq.box import Box, gamma, outward, spread, underflow
-from verideq.equilibrium import Equilibrium, Gauge, Operator, Solver, System, fixed_point
+from verideq.box import TINY, Box, gamma, outward, spread, underflow
+from verideq.equilibrium import Equilibrium, Gauge, Monotone, Operator, Solver, System, fixed_point
 from verideq.equilibrium.gauge import slack
+from verideq.equilibrium.splitting import Splitting, is_monotone
 from verideq.errors import NoGaugeError
 
 REFINEMENTS = 20
@@ -89,6 +90,52 @@ def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) ->
         late = solution.converged.view(-1, *[1] * (middle.dim() - 1))
         box = Box(torch.where(late, box.lower, anytime.lower), torch.where(late, box.upper, anytime.upper))
     return Enclosure(box, solution.steps, solution.converged)
+
+
+@torch.no_grad()
+def enclose_monotone(layer: Equilibrium, m: float, injection: Box, solver: Solver) -> tuple[Enclosure, Tensor]:
+    """A box around the equilibria of a layer with ``I - sym W ⪰ m I``, and the point that it is around.
+
+    ``‖z*(v) - ẑ‖₂ <= (‖v - v_c‖₂ + ‖δ‖₂) / m`` for any ``ẑ >= 0``, ``δ_i = ẑ_i - p_i`` where ``ẑ_i > 0`` and
+    ``-max(p_i, 0)`` elsewhere, ``p = W ẑ + v_c`` (docs/theory.md). Wide: one length for all units.
+
+    Args:
+        layer: float64.
+        m: proved, positive.
+        injection: float64, (batch, *features).
+        solver: of the equilibria at the centre.
+    """
+    operator = layer.operator()
+    center, radius = injection.ball()
+    state, steps, converged = settled(layer, center, solver)
+    terms = operator.terms + 3
+    g, units = gamma(terms), operator.absolute().apply(state)
+    p = operator.apply(state) + center
+    error = g * (units + center.abs() + state) * (1 + g) + underflow(terms, state, center, state)
+    off = torch.where(state > 0, (state - p).abs() + error, (p + error).clamp(min=0))
+    reach = (_length(off) + _length(radius)) / m * (1 + 2.0**-45) + FLOOR
+    reach = reach.view(-1, *[1] * (state.dim() - 1))
+    moved = outward(state, reach.expand_as(state))
+    return Enclosure(Box(moved.lower.clamp(min=0), moved.upper), steps, converged), state
+
+
+def settled(layer: Equilibrium, v: Tensor, solver: Solver) -> tuple[Tensor, Tensor, Tensor]:
+    """An approximate equilibrium, 0 or more, the steps that it took, and whether it converged, by sample."""
+    operator = layer.operator()
+    split = isinstance(operator, Monotone) or is_monotone(operator)
+    splitting = Splitting.of(operator, tuple(v.shape[1:])) if split else None
+    if splitting is None:
+        steps = torch.zeros(len(v), dtype=torch.long)
+        return layer.equilibrate(v).clamp(min=0), steps, torch.ones_like(steps, dtype=torch.bool)
+    solution = splitting.solve(v[None], solver)
+    return solution.value[0].clamp(min=0), solution.steps, solution.converged
+
+
+def _length(x: Tensor) -> Tensor:
+    """The Euclidean length of each sample, rounded up: (batch,)."""
+    flat = x.flatten(1)
+    scale = flat.abs().amax(1, keepdim=True).clamp(min=TINY)
+    return (flat / scale).square().sum(1).sqrt() * scale[:, 0] * (1 + gamma(flat.shape[1] + 8))
 
 
 @torch.no_grad()

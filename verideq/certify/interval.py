@@ -7,6 +7,7 @@ differs between the two is the `Arithmetic` that a rule is handed, never the rul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from verideq.box import TINY, Box, gamma, outward, spread, underflow
-from verideq.certify.enclosure import enclose
+from verideq.certify.enclosure import enclose, enclose_monotone
 from verideq.equilibrium import Auto, Equilibrium, Gauge, Solver
+from verideq.errors import NoGaugeError
 from verideq.graph import INPUT, Graph, Node
 
 Map = Callable[[Tensor], Tensor]
@@ -26,19 +28,28 @@ class Arithmetic:
     """Proofs: outward rounding, float64.
 
     Args:
-        gauges: a gauge for every equilibrium, by node name.
+        gauges: a gauge for every equilibrium that has one, by node name.
         solver: how the pairs are searched for.
         tolerance: of the deployed solver: what it hands on is within ``tolerance * u`` of the equilibrium.
+        monotone: a proved ``m`` for the others.
 
-    Afterwards `steps` holds the solver steps by sample, `boxes` the enclosure of every equilibrium by node name, and
-    `drifts` how far what is handed on may be from it, (1, *state), where a tolerance was given.
+    Afterwards `steps` holds the solver steps by sample, and by node name `boxes` the enclosures along a gauge, `states`
+    the points that monotone ones are around, and `drifts` how far what is handed on may be from an equilibrium, (1,
+    *state), where a tolerance was given.
     """
 
-    def __init__(self, gauges: Mapping[str, Gauge], solver: Solver = Auto(tol=1e-13), tolerance: float = 0.0) -> None:
-        self.gauges, self.solver, self.tolerance = gauges, solver, tolerance
+    def __init__(
+        self,
+        gauges: Mapping[str, Gauge],
+        solver: Solver = Auto(tol=1e-13),
+        tolerance: float = 0.0,
+        monotone: Mapping[str, float] | None = None,
+    ) -> None:
+        self.gauges, self.solver, self.tolerance, self.monotone = gauges, solver, tolerance, monotone or {}
         self.steps: Tensor | None = None
         self.boxes: dict[str, Box] = {}
         self.drifts: dict[str, Tensor] = {}
+        self.states: dict[str, Tensor] = {}
 
     def affine(
         self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor
@@ -82,6 +93,14 @@ class Arithmetic:
 
     def equilibrium(self, node: Node, layer: Equilibrium, box: Box) -> Box:
         """The equilibria for all injections of a box."""
+        if node.name not in self.gauges:
+            enclosure, self.states[node.name] = enclose_monotone(layer, self.monotone[node.name], box, self.solver)
+            self.steps = enclosure.steps if self.steps is None else torch.maximum(self.steps, enclosure.steps)
+            if self.tolerance:
+                raise NoGaugeError(
+                    f"{node.name}: a tolerance of the deployed solver is charged along a gauge", math.nan
+                )
+            return enclosure.box
         enclosure = enclose(layer, self.gauges[node.name], box, self.solver)
         self.steps = enclosure.steps if self.steps is None else torch.maximum(self.steps, enclosure.steps)
         self.boxes[node.name] = enclosure.box

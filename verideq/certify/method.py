@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from verideq.box import Box, flushed
 from verideq.certify.certificate import Numbers, Proof, gauge_file
 from verideq.checker import Checker
-from verideq.equilibrium import Auto, Equilibrium, Gauge, Solver, gauge
+from verideq.equilibrium import Auto, Dense, Equilibrium, Gauge, Monotone, Solver, gauge
+from verideq.equilibrium.monotonicity import proved_m
 from verideq.errors import ModelError, NoGaugeError
 from verideq.graph import Graph, model_bytes, trace
 from verideq.region import Region
@@ -29,7 +30,8 @@ class Prepared:
     Args:
         graph: materialised, float64, evaluation mode.
         gauges: by node name.
-        missing: why a layer has no gauge, by node name.
+        missing: why a layer has neither a gauge nor a proved ``m``, by node name.
+        monotone: a proved ``m > 0`` with ``I - sym W ⪰ m I`` of the layers without a gauge.
         file: the model file of the stored weights, as they were when the model was prepared.
     """
 
@@ -37,11 +39,18 @@ class Prepared:
     gauges: Mapping[str, Gauge]
     missing: Mapping[str, NoGaugeError] = field(default_factory=dict)
     file: bytes = b""
+    monotone: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def checker(self) -> Checker:
         """The independent checker, with this model's file and gauges in it."""
-        return Checker(self.file, gauge_file(self.file, self.gauges))
+        return Checker(self.file, self.certificate)
+
+    @cached_property
+    def certificate(self) -> bytes:
+        """The model certificate: why every equilibrium is unique."""
+        stored = {name: m for name, m in self.monotone.items() if isinstance(self.layer(name).operator(), Dense)}
+        return gauge_file(self.file, self.gauges, stored)
 
     @property
     def device(self) -> torch.device:
@@ -53,10 +62,10 @@ class Prepared:
         return dict(self.graph.equilibria())[name]
 
     def require_gauges(self) -> None:
-        """Nothing, if every equilibrium has a gauge.
+        """Nothing, if every equilibrium has a gauge, or is monotone.
 
         Raises:
-            NoGaugeError: the first layer without one.
+            NoGaugeError: the first layer of which neither is known.
         """
         for name, error in self.missing.items():
             raise NoGaugeError(f"{name}: {error}", error.rate)
@@ -86,13 +95,26 @@ def prepare(model: nn.Module | Prepared, device: torch.device | str | None = Non
     if device is None:
         device = next((t.device for t in [*graph.parameters(), *graph.buffers()]), torch.device("cpu"))
     frozen = graph.frozen(torch.float64, device)
-    gauges, missing = {}, {}
+    gauges, missing, monotone = {}, {}, {}
     for name, layer in frozen.equilibria():
         try:
             gauges[name] = gauge(layer)
         except NoGaugeError as error:
-            missing[name] = error
-    return Prepared(frozen, gauges, missing, model_bytes(graph))
+            m = strength(layer)
+            if m > 0:
+                monotone[name] = m
+            else:
+                missing[name] = error
+    return Prepared(frozen, gauges, missing, model_bytes(graph), monotone)
+
+
+def strength(layer: Equilibrium) -> float:
+    """A proved ``m`` with ``I - sym W ⪰ m I`` of the stored ``W``; 0 or less, or NaN, where there is none."""
+    operator = layer.operator()
+    if isinstance(operator, Monotone):
+        return operator.m
+    # A little less than was proved: the checker has its own rounding.
+    return proved_m(operator.weight)[0] * (1 - 2.0**-16) if isinstance(operator, Dense) else 0.0
 
 
 @dataclass(frozen=True)
@@ -172,3 +194,8 @@ Method = Callable[[Prepared, Query], Bounds]
 def boxes_of(boxes: Mapping[str, Box], i: int) -> dict[str, tuple[Numbers, Numbers]]:
     """The enclosures of one sample as a certificate holds them."""
     return {name: (box.lower[i].cpu().numpy(), box.upper[i].cpu().numpy()) for name, box in boxes.items()}
+
+
+def states_of(states: Mapping[str, Tensor], i: int) -> dict[str, Numbers]:
+    """The points of one sample that the boxes of monotone layers are around."""
+    return {name: state[i].cpu().numpy() for name, state in states.items()}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import verideq
-from verideq.certify.certificate import framed, gauge_file
+from verideq.certify.certificate import framed
 from verideq.certify.decide import Budget, decide
 from verideq.certify.method import TOLERANCE, Prepared, prepare
 from verideq.certify.summary import summarise
@@ -256,7 +256,7 @@ class Run:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / "model.safetensors").write_bytes(prepared.file)
-            (path.parent / "gauges.safetensors").write_bytes(gauge_file(prepared.file, prepared.gauges))
+            (path.parent / "gauges.safetensors").write_bytes(prepared.certificate)
         places: list[str | None] = []
         with path.open("ab") as stream:
             for verdict in verdicts:

@@ -20,7 +20,7 @@ from verideq.checker.claim import Case, Claim, read_claim
 from verideq.checker.files import Blob, model_hash, parse_blob, records
 from verideq.checker.layers import Layer, layer
 from verideq.checker.network import Node, read_nodes
-from verideq.checker.proof import least_margins
+from verideq.checker.proof import least_margins, row_bounds
 
 __all__ = ["Checker", "Outcome", "check"]
 
@@ -120,6 +120,23 @@ class Checker:
             (False, reasons[place], None) if place in reasons else _verdict(claims[place], margins[place])
             for place in range(len(payloads))
         ]
+
+    def rows(self, payloads: list[bytes]) -> list[Array]:
+        """A lower bound of every row of each record's specification, less `rhs`, whatever is claimed: (rows,).
+
+        For records of one form that have one case; ``-inf`` where nothing is proved.
+        """
+        claims = [read_claim(parse_blob(p), self.hash, self.pixels, self.arithmetic) for p in payloads]
+        cases = [next(claim.cases(self._rows(claim))) for claim in claims]
+        found: list[Array] = []
+        for case in cases:
+            try:
+                with guarded():
+                    bounds = row_bounds(self.arithmetic, self.nodes, self.layer, [case])[0]
+            except Rejected:
+                bounds = np.full(self._rows(case.claim) or 1, -np.inf)
+            found.append(np.where(np.isnan(bounds.astype(float)), -np.inf, bounds))
+        return found
 
     def _rows(self, claim: Claim) -> int | None:
         """How many rows a claim's specification has, where the model file says so."""

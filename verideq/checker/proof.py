@@ -26,6 +26,12 @@ Layers = Callable[[Node, tuple[int, ...]], Layer]
 
 def least_margins(calc: Arithmetic, nodes: Sequence[Node], layers: Layers, cases: Sequence[Case]) -> Array:
     """The smallest row of every case, (cases,); NaN where a box does not hold."""
+    least: Array = row_bounds(calc, nodes, layers, cases).min(1)
+    return least
+
+
+def row_bounds(calc: Arithmetic, nodes: Sequence[Node], layers: Layers, cases: Sequence[Case]) -> Array:
+    """A lower bound of every row of ``C f - rhs``, (cases, rows); NaN where a box does not hold."""
     return _Proof(calc, nodes, layers, cases).run()
 
 
@@ -64,8 +70,7 @@ class _Proof:
             require({step.node for step in case.steps[:-1]} <= named, "a tightening of a node that is not relaxed")
         rows, shift = self._specification()
         bounds = self._quadratic(rows) if cases[0].steps[-1].quadratic else self._dual(rows)
-        least = calc.add((bounds, bounds), shift)[0].min(1)
-        return np.where(self.holds, least, np.nan)
+        return np.where(self.holds[:, None], calc.add((bounds, bounds), shift)[0], np.nan)
 
     # --- the parts of the ball -----------------------------------------------------------------------------------
 
@@ -175,7 +180,7 @@ class _Proof:
         calc, last, rows = self.calc, self.nodes[-1], C[0].shape[1]
         q = (C[0].reshape(-1, C[0].shape[2]),) * 2
         bounds = self.scene.least({last.name: q}, [case.steps[-1] for case in self.cases], rows)
-        lost = np.isnan(bounds.astype(np.float64))
+        lost = bounds != bounds  # NaN; a fraction may be beyond float64
         if lost.any() and last.kind in PULLS:
             # Coefficients on early values may overflow where the values do not: those rows end at the last operation.
             x = self.scene.values[last.inputs[0]]

@@ -167,6 +167,10 @@ class Graph(nn.Module):
         Raises:
             ModelError: the shape, the one that is expected, and the node that fails.
         """
+        return self.shapes(x)[self.nodes[-1].name]
+
+    def shapes(self, x: Tensor) -> dict[str, tuple[int, ...]]:
+        """The shape of every value, without the batch, by node name; see `check_input`."""
         given = tuple(x.shape[1:])
         if self.input_shape is not None and given != tuple(self.input_shape):
             raise ModelError(f"the model takes inputs of shape {tuple(self.input_shape)}, the data have {given}")
@@ -190,5 +194,4 @@ class Graph(nn.Module):
                     f"{first}"
                 ) from error
             values[node.name] = result
-        output: Tensor = values[self.nodes[-1].name]
-        return tuple(output.shape[1:])
+        return {name: tuple(value.shape[1:]) for name, value in values.items()}
