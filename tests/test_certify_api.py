@@ -48,8 +48,14 @@ def labels() -> Tensor:
 
 @pytest.fixture(scope="module")
 def attacked(model: Graph, images: Tensor, labels: Tensor) -> list[Verdict]:
-    """Verdicts at eps 0.05 under attack: every status but TIMEOUT and ERROR is among them."""
+    """Verdicts at eps 0.05 under attack."""
     return certify(model, images, labels, "0.05", attack="pgd")
+
+
+@pytest.fixture(scope="module")
+def by_intervals(model: Graph, images: Tensor, labels: Tensor) -> list[Verdict]:
+    """The same by intervals alone: every status but TIMEOUT and ERROR is among them."""
+    return certify(model, images, labels, "0.05", attack="pgd", method="interval")
 
 
 def statuses(verdicts: list[Verdict]) -> Counter[Status]:
@@ -64,7 +70,10 @@ def decided(verdict: Verdict) -> tuple[object, ...]:
 # --- what a verdict says ----------------------------------------------------------------------------------------------
 
 
-def test_the_four_common_verdicts(attacked: list[Verdict], model: Graph, images: Tensor, labels: Tensor) -> None:
+def test_the_four_common_verdicts(
+    by_intervals: list[Verdict], model: Graph, images: Tensor, labels: Tensor
+) -> None:
+    attacked = by_intervals
     found = statuses(attacked)
     assert set(found) == {Status.CERTIFIED, Status.FALSIFIED, Status.MISCLASSIFIED, Status.UNKNOWN}
     with torch.no_grad():
@@ -198,11 +207,11 @@ def test_a_specification_of_ones_own(model: Graph, images: Tensor, labels: Tenso
     """The margins as an explicit specification give what labels give; a lower right-hand side certifies more."""
     others = torch.tensor([[j for j in range(10) if j != y] for y in labels.tolist()])
     C = torch.eye(10)[labels][:, None] - torch.eye(10)[others]
-    given = certify(model, images, None, "0.05", C=C)
-    expected = certify(model, images, labels, "0.05")
+    given = certify(model, images, None, "0.05", C=C, method="interval")
+    expected = certify(model, images, labels, "0.05", method="interval")
     assert [v.status for v in given] == [v.status for v in expected]
     assert all(v.label is None for v in given)
-    relaxed = certify(model, images, None, "0.05", C=C, rhs=torch.full((9,), -100.0))
+    relaxed = certify(model, images, None, "0.05", C=C, rhs=torch.full((9,), -100.0), method="interval")
     assert set(statuses(relaxed)) == {Status.CERTIFIED}
     for one, other in zip(relaxed, given, strict=True):
         if other.margin is not None:
@@ -216,7 +225,8 @@ def test_one_specification_for_all(model: Graph, images: Tensor) -> None:
     C[0, 3] = 1.0
     box = verideq.bound(model, verideq.Region(images, "0.05"), C=C)
     threshold = float(box.lower.median())
-    found = certify(model, images, None, "0.05", C=C, rhs=torch.tensor([threshold], dtype=torch.float64))
+    rhs = torch.tensor([threshold], dtype=torch.float64)
+    found = certify(model, images, None, "0.05", C=C, rhs=rhs, method="interval")
     assert [v.certified for v in found] == (box.lower[:, 0] > threshold).tolist()
 
 
@@ -312,7 +322,7 @@ def test_l2(model: Graph, images: Tensor, labels: Tensor) -> None:
     verdicts = certify(model, images, labels, "3/5", norm="l2", attack="pgd")
     found = statuses(verdicts)
     assert found[Status.FALSIFIED]
-    small = certify(model, images, labels, "1/50", norm="l2", attack="pgd")
+    small = certify(model, images, labels, "1/50", norm="l2", attack="pgd", method="interval")
     assert statuses(small)[Status.CERTIFIED] > LIMIT // 2
     for verdict, x, y in zip(verdicts, images, labels, strict=True):
         if verdict.witness is None:
@@ -322,21 +332,41 @@ def test_l2(model: Graph, images: Tensor, labels: Tensor) -> None:
         assert verdict.witness.min() >= 0 and verdict.witness.max() <= 1
         with torch.no_grad():
             assert int(model(torch.from_numpy(verdict.witness)[None].float()).argmax()) != int(y)
-    # The bound is that of the box around the ball.
-    box = certify(model, images, labels, "1/50")
+    # Intervals see the box around the ball.
+    box = certify(model, images, labels, "1/50", method="interval")
     assert [v.certified for v in small] == [v.certified for v in box]
 
 
 def test_radius_is_certified_and_nearly_the_largest(model: Graph, images: Tensor, labels: Tensor) -> None:
-    verdicts = certify(model, images[:12], labels[:12], "0.05", radius=True)
+    verdicts = certify(model, images[:12], labels[:12], "0.05", radius=True, method="interval")
     for i, verdict in enumerate(verdicts):
         if verdict.status is Status.MISCLASSIFIED:
             assert verdict.radius is None
             continue
         assert verdict.radius is not None
-        assert certify(model, images[i : i + 1], labels[i : i + 1], verdict.radius)[0].certified
-        assert not certify(model, images[i : i + 1], labels[i : i + 1], verdict.radius + 2e-4)[0].certified
+        def at(radius: float, x: Tensor = images[i : i + 1], y: Tensor = labels[i : i + 1]) -> bool:
+            return certify(model, x, y, radius, method="interval")[0].certified
+
+        assert at(verdict.radius) and not at(verdict.radius + 2e-4)
         assert (verdict.radius >= 0.05) == verdict.certified
+
+
+def test_auto_closes_what_intervals_leave_open(attacked: list[Verdict], by_intervals: list[Verdict]) -> None:
+    assert statuses(by_intervals)[Status.UNKNOWN] > statuses(attacked)[Status.UNKNOWN]
+    assert {v.method for v in attacked if v.certified} > {"interval"}
+    for ours, theirs in zip(attacked, by_intervals, strict=True):
+        assert ours.status is theirs.status or theirs.status is Status.UNKNOWN
+        assert ours.checked is ours.certified and (ours.certificate is not None) is ours.certified
+
+
+def test_a_radius_by_auto_is_certified(model: Graph, images: Tensor, labels: Tensor) -> None:
+    verdicts = certify(model, images[:8], labels[:8], "0.05", radius=True)
+    plain = certify(model, images[:8], labels[:8], "0.05", radius=True, method="interval")
+    for i, (verdict, other) in enumerate(zip(verdicts, plain, strict=True)):
+        if verdict.radius is not None and other.radius is not None:
+            assert verdict.radius >= other.radius
+            assert not verdict.certified or verdict.radius >= 0.05
+            assert certify(model, images[i : i + 1], labels[i : i + 1], verdict.radius)[0].certified
 
 
 # --- fail closed ------------------------------------------------------------------------------------------------------
@@ -359,8 +389,10 @@ def _net(weight: float) -> nn.Module:
 
 
 def test_a_layer_without_a_gauge_is_unknown_with_its_rate(images: Tensor) -> None:
-    """Inhibition: the equilibrium is found, but neither ``W`` (2.4) nor the solved rows (1.8 / 1.6) have a gauge."""
+    """Inhibition: the equilibrium is found, but there is no gauge, of ``W`` or of the solved rows, and no ``m > 0``."""
     net = _net(-0.6)
+    with torch.no_grad():
+        net[1].fusion.weight[0, 1] = -3.0  # type: ignore[index, union-attr]  # a Sequential's second module
     with torch.no_grad():
         labels = net(images.float()).argmax(1)
     verdicts = certify(net, images, labels, 0.01, attack="pgd")
@@ -438,7 +470,7 @@ def test_the_checker_refuses_what_a_broken_bound_proposes(
 def test_what_breaks_for_one_sample_costs_that_sample(
     model: Graph, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    expected = certify(model, images, labels, "0.02")
+    expected = certify(model, images, labels, "0.02", method="interval")
     victim = next(i for i, verdict in enumerate(expected) if verdict.certified)
     # A pixel of the victim's box that no other sample has.
     mark = verideq.Region(images[victim : victim + 1], "0.02").box().lower

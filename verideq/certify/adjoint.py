@@ -7,17 +7,19 @@ the best of three choices of lower slopes and of the interval bound. Theorem and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from verideq.box import TINY, Box
-from verideq.certify.backward import Relaxed, Rows, Rule, Scene, ball, crown, inner
-from verideq.certify.certificate import Numbers, Proof, Step
+from verideq.certify.backward import Relaxed, Rule, Scene, crown
+from verideq.certify.certificate import Proof, Step
 from verideq.certify.enclosure import pre_activations
 from verideq.certify.interval import RULES, Arithmetic
-from verideq.certify.method import Bounds, Prepared, Query, boxes_of
+from verideq.certify.method import Bounds, Prepared, Query, boxes_of, states_of
 from verideq.graph import INPUT
 
 SLOPES = ("adaptive", "zero", "one")
@@ -31,36 +33,91 @@ ELEMENTS = 2**24
 """Coefficients that are held at a time: what bounds the memory."""
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What is known of some samples on the way from one method to the next.
+
+    Args:
+        prepared: the model.
+        query: about these samples.
+        scene: their relaxed nodes.
+        arithmetic: that enclosed them.
+        best: of every row so far.
+        before: the tightenings of every sample.
+    """
+
+    prepared: Prepared
+    query: Query
+    scene: Scene
+    arithmetic: Arithmetic
+    best: Best
+    before: list[list[Step]]
+
+    def bounds(self) -> Bounds:
+        """As a method hands it back."""
+        lower, count = self.best.lower, self.best.lower.shape[1] // (2 if self.query.upper else 1)
+        upper = -lower[:, count:] if self.query.upper else torch.full_like(lower, torch.inf)
+        steps = self.arithmetic.steps
+        steps = torch.zeros(len(self.query), dtype=torch.long) if steps is None else steps
+        return Bounds(Box(lower[:, :count], upper), steps, lambda i: self.proof(i, count))
+
+    def proof(self, i: int, count: int) -> Proof:
+        """Why the first `count` rows of a sample hold."""
+        before, own = tuple(self.before[i]), self.best.step(i, range(count))
+        plain = [row for row in range(count) if bool(self.best.plain[i, row])]
+        rest = [row for row in range(count) if row not in plain]
+        if not plain or not rest:
+            return replace(self.known(i), cases=((*before, own if rest else Step()),))
+        cases = (*before, Step()), (*before, self.best.step(i, rest))
+        return replace(self.known(i), cases=cases, trees=((tuple(plain), 0), (tuple(rest), 1)))
+
+    def known(self, i: int) -> Proof:
+        """A sample's boxes, as a certificate has them, and nothing about its rows."""
+        return Proof(boxes_of(self.arithmetic.boxes, i), states_of(self.arithmetic.states, i))
+
+
 @torch.no_grad()
 def adjoint(prepared: Prepared, query: Query) -> Bounds:
     """The best of the adjoint bound's slopes and of the interval bound, row by row."""
-    scene, arithmetic = scene_of(prepared, query)
-    return crossed(scene, query).bounds(query, arithmetic)
+    return first(prepared, query).bounds()
 
 
 @torch.no_grad()
 def adjoint_refined(prepared: Prepared, query: Query) -> Bounds:
     """The adjoint bound over pre-activations that were tightened by the same bound, for samples that need it."""
-    scene, arithmetic = scene_of(prepared, query)
-    found = crossed(scene, query).bounds(query, arithmetic)
+    return refined(prepared, query, Stage.bounds)
+
+
+def first(prepared: Prepared, query: Query, *, tightened: bool = False) -> Stage:
+    """All samples of a query by the adjoint bound, their pre-activations `tightened` by it or not."""
+    before: list[list[Step]] = [[] for _ in range(len(query))]
+    scene, arithmetic = scene_of(prepared, query, before if tightened else None)
+    return Stage(prepared, query, scene, arithmetic, crossed(scene, query), before)
+
+
+def refined(prepared: Prepared, query: Query, finish: Callable[[Stage], Bounds]) -> Bounds:
+    """The adjoint bound for every sample; for those that it leaves open what `finish` makes of tightened boxes."""
+    stage = first(prepared, query)
+    found = stage.bounds()
     left = (~query.closed(found.box.lower)).nonzero().flatten()
-    size = max((known.z.lower[0].numel() for known in scene.relaxed.values()), default=1)
+    size = max((known.z.lower[0].numel() for known in stage.scene.relaxed.values()), default=1)
     for part in torch.split(left, max(1, ELEMENTS // (2 * size * size))):
-        own = query.select(part)
-        steps: list[list[Step]] = [[] for _ in part]
-        scene, arithmetic = scene_of(prepared, own, steps)
-        found = found.replaced(part, crossed(scene, own).bounds(own, arithmetic, steps))
+        if not len(part) or time.monotonic() > query.deadline:
+            break
+        found = found.replaced(part, finish(first(prepared, query.select(part), tightened=True)))
     return found
 
 
 def crossed(scene: Scene, query: Query) -> Best:
-    """Every row by every choice of slopes, until nothing is open."""
+    """Every row by every choice of slopes, until nothing of its sample is open."""
     C = rows_of(query, scene)
     best = Best.interval(scene, C)
     for slopes in SLOPES:
-        if bool(query.closed(best.lower).all()):
+        closed = query.closed(best.lower)
+        if bool(closed.all()):
             break
-        best = best.or_better(*scene.least({scene.output: scene.start(C.flatten(0, 1))}, rules(scene, slopes)))
+        lower, used = scene.least({scene.output: scene.start(C.flatten(0, 1))}, rules(scene, slopes))
+        best = best.or_better(torch.where(closed[:, None], -torch.inf, lower), used)
     return best
 
 
@@ -71,24 +128,18 @@ def scene_of(prepared: Prepared, query: Query, steps: list[list[Step]] | None = 
         steps: of every sample, to tighten pre-activations on the way and to write down how; ``None``: not to.
     """
     prepared.require_gauges()
-    arithmetic = Arithmetic(prepared.gauges, query.solver, query.tolerance)
+    arithmetic = Arithmetic(prepared.gauges, query.solver, query.tolerance, prepared.monotone)
     known: dict[str, Box] = {INPUT: query.box}
     relaxed: dict[str, Relaxed] = {}
 
-    def over_inputs(rows: Rows, samples: int) -> Tensor:
-        least = inner(rows, query.box, samples)
-        if query.region is None or query.region.norm == "linf":
-            return least
-        return torch.maximum(least, ball(rows, query.region, query.box))
-
-    scene = Scene(prepared.graph, known, relaxed, over_inputs)
+    scene = Scene(prepared.graph, known, relaxed, query.region)
     for node in prepared.graph.nodes:
         v = [known[name] for name in node.inputs]
         known[node.name] = RULES[node.operation.kind](arithmetic, node, v)
         if node.operation.kind == "relu":
             relaxed[node.name] = Relaxed(node, v[0], known[node.name])
-        elif node.name in arithmetic.boxes:
-            layer, z = prepared.layer(node.name), arithmetic.boxes[node.name]
+        elif node.operation.kind == "equilibrium":
+            layer, z = prepared.layer(node.name), arithmetic.boxes.get(node.name, known[node.name])
             pre, drift = pre_activations(layer, v[0], z), arithmetic.drifts.get(node.name)
             relaxed[node.name] = Relaxed(node, pre, z, layer.operator(), drift).with_pre(pre)
         if steps is not None and node.name in relaxed:
@@ -204,26 +255,6 @@ class Best:
             chosen[name] = torch.where(mask, torch.zeros_like(g) if new is None else new, g)
         return Best(torch.where(better, lower, self.lower), chosen, self.plain & ~better)
 
-    def bounds(self, query: Query, arithmetic: Arithmetic, before: list[list[Step]] | None = None) -> Bounds:
-        """As a method hands it back; `before`: the tightenings of every sample."""
-        count = self.lower.shape[1] // (2 if query.upper else 1)
-        lower = self.lower[:, :count]
-        upper = -self.lower[:, count:] if query.upper else torch.full_like(lower, torch.inf)
-        steps = torch.zeros(len(query), dtype=torch.long) if arithmetic.steps is None else arithmetic.steps
-
-        def proof(i: int) -> Proof:
-            return self._proof(i, count, boxes_of(arithmetic.boxes, i), () if before is None else tuple(before[i]))
-
-        return Bounds(Box(lower, upper), steps, proof)
-
-    def _proof(self, i: int, count: int, boxes: dict[str, tuple[Numbers, Numbers]], before: tuple[Step, ...]) -> Proof:
-        plain = self.plain[i, :count].tolist()
-        if all(plain):
-            return Proof(boxes, cases=((*before, Step()),))
-        own = {name: g[i, :count].float().cpu().numpy() for name, g in self.multipliers.items()}
-        if not any(plain):
-            return Proof(boxes, cases=((*before, Step(multipliers=own)),))
-        ends = tuple(k for k in range(count) if plain[k])
-        rest = tuple(k for k in range(count) if not plain[k])
-        chosen = Step(multipliers={name: g[list(rest)] for name, g in own.items()})
-        return Proof(boxes, cases=((*before, Step()), (*before, chosen)), trees=((ends, 0), (rest, 1)))
+    def step(self, i: int, rows: Sequence[int]) -> Step:
+        """The multipliers of some rows of a sample."""
+        return Step(multipliers={name: g[i, list(rows)].float().cpu().numpy() for name, g in self.multipliers.items()})

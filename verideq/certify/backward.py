@@ -17,7 +17,7 @@ has no multiplier it ends, and is bounded over the box of ``z``: that is interva
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -144,15 +144,18 @@ class Scene:
         graph: float64.
         values: the box of every value by node, and of the input.
         relaxed: the ReLUs and equilibria by node.
-        over_inputs: rows on the input to their least value on the region, (samples, rows).
+        region: the balls that the inputs are in, where they are in balls.
         rigorous: count what is lost to rounding.
+        smooth: gradients see the corner that a row picks of a box move over while its coefficient is within this share
+            of the row's largest one; values do not change.
     """
 
     graph: Graph
     values: Mapping[str, Box]
     relaxed: dict[str, Relaxed]
-    over_inputs: Callable[[Rows, int], Tensor]
+    region: Region | None = None
     rigorous: bool = True
+    smooth: float = 0.0
 
     @property
     def samples(self) -> int:
@@ -162,6 +165,46 @@ class Scene:
     def output(self) -> str:
         """The name of the last node."""
         return self.graph.nodes[-1].name
+
+    def select(self, part: Tensor) -> Scene:
+        """Some of the samples, in this order; one may be there several times."""
+        values = {name: box.select(part) for name, box in self.values.items()}
+        relaxed = {
+            name: replace(known, pre=known.pre.select(part), z=known.z.select(part))
+            for name, known in self.relaxed.items()
+        }
+        return replace(self, values=values, relaxed=relaxed, region=None if self.region is None else self.region[part])
+
+    def over_box(self, rows: Rows, box: Box) -> Tensor:
+        """`inner`, smooth for gradients: that of ``q · z`` with ``z`` where smoothing puts it."""
+        least = inner(rows, box, self.samples)
+        if not rows.center.requires_grad:
+            return least
+        q = rows.center.reshape(*least.shape, -1)
+        with torch.no_grad():
+            kink = self.smooth * q.abs().amax(2, keepdim=True) + TINY
+            center, radius = (x.flatten(1)[:, None] for x in (box.center, box.radius))
+            z = center - radius * (q / kink).clamp(-1, 1)
+        linear = (q * z).sum(2)
+        return least.detach() + linear - linear.detach()
+
+    def over_inputs(self, rows: Rows) -> Tensor:
+        """The least value of rows on the input over the region, (samples, rows)."""
+        box = self.values[INPUT]
+        least = self.over_box(rows, box)
+        if self.region is None or self.region.norm == "linf":
+            return least
+        return torch.maximum(least, ball(rows, self.region, box))
+
+    def worst(self, rows: Rows) -> Tensor:
+        """Where rows on the input are least over the region, but for rounding: (samples * rows, *features)."""
+        box = self.values[INPUT]
+        q = rows.center.reshape(self.samples, -1, rows.center[0].numel())
+        if self.region is None or self.region.norm == "linf":
+            x = torch.where(q > 0, box.lower.flatten(1)[:, None], box.upper.flatten(1)[:, None])
+        else:
+            x = _nearest(q, self.region, box)[1]
+        return x.view_as(rows.center)
 
     def start(self, center: Tensor) -> Rows:
         """Rows that are exactly these numbers."""
@@ -177,14 +220,21 @@ class Scene:
             multipliers: a rule for every node that is not to be bounded by its box.
             tightened: the node whose own rows these are: they speak of its exact equilibrium.
         """
+        total, on_input, used = self.back(start, multipliers, tightened)
+        return total if on_input is None else self._gain(total, self.over_inputs(on_input)), used
+
+    def _gain(self, total: Tensor, part: Tensor) -> Tensor:
+        result = total + part
+        return result - (total.abs() + part.abs()) * 2.0**-51 if self.rigorous else result
+
+    def back(
+        self, start: Mapping[str, Rows], multipliers: Mapping[str, Rule], tightened: str | None = None
+    ) -> tuple[Tensor, Rows | None, dict[str, Tensor]]:
+        """`least` up to the input: what was gained so far, the rows that arrive there, and the multipliers."""
         rows = dict(start)
         used: dict[str, Tensor] = {}
         count = len(next(iter(start.values())).center) // self.samples
         total = next(iter(start.values())).center.new_zeros(self.samples, count)
-
-        def gain(part: Tensor) -> Tensor:
-            result = total + part
-            return result - (total.abs() + part.abs()) * 2.0**-51 if self.rigorous else result
 
         def collect(name: str, q: Rows) -> None:
             rows[name] = rows[name].plus(q) if name in rows else q
@@ -198,25 +248,23 @@ class Scene:
                 shape = self.values[node.inputs[0]].lower.shape[1:]
                 q, shift = PULLS[node.operation.kind](node.module, q, shape, self.samples)
                 collect(node.inputs[0], q)
-                total = gain(shift) if shift is not None else total
+                total = self._gain(total, shift) if shift is not None else total
             elif node.operation.kind == "add":
                 for name in node.inputs:
                     collect(name, q)
             elif known is None:
-                total = gain(inner(q, self.values[node.name], self.samples))
+                total = self._gain(total, self.over_box(q, self.values[node.name]))
             else:
                 if known.drift is not None and node.name != tightened:
-                    total = gain(inner(q, Box(-known.drift, known.drift), self.samples))
+                    total = self._gain(total, self.over_box(q, Box(-known.drift, known.drift)))
                 if node.name not in multipliers:
-                    total = gain(inner(q, known.z, self.samples))
+                    total = self._gain(total, self.over_box(q, known.z))
                     continue
                 g = multipliers[node.name](known, q.center.view(self.samples, count, *q.center.shape[1:]))
                 used[node.name] = g = allowed(known, g)
-                total = gain(self._relaxed(known, q, g))
+                total = self._gain(total, self._relaxed(known, q, g))
                 collect(node.inputs[0], self.start(g.flatten(0, 1)))
-        if INPUT in rows:
-            total = gain(self.over_inputs(rows[INPUT], self.samples))
-        return total, used
+        return total, rows.get(INPUT), used
 
     def _relaxed(self, known: Relaxed, q: Rows, g: Tensor) -> Tensor:
         """What rows gain at a ReLU or an equilibrium with these multipliers, apart from what goes on as ``g · v``."""
@@ -234,7 +282,7 @@ class Scene:
         # δ, its product, the quotient, the difference and the last product round; (1/a - 1) may be large.
         error = (charged.abs() * (1 + 1 / slope)).flatten(0, 1) * 2.0**-49 + 8 * TINY if self.rigorous else None
         rest = rest.plus(Rows(steep, error))
-        gained = inner(rest, known.z, self.samples)
+        gained = self.over_box(rest, known.z)
         charge = (charged * low).flatten(2).sum(2)
         if not self.rigorous:
             return gained - charge
@@ -301,18 +349,10 @@ def given(g: Tensor) -> Rule:
     return lambda known, q: g
 
 
-def ball(rows: Rows, region: Region, box: Box) -> Tensor:
-    """The least ``q · x`` over an l2 ball cut to its box, from below: (samples, rows).
-
-    For every ``s >= 0`` it is at least the minimum over the box of the convex ``q·x + s (‖(x - c) / w‖² - eps²)``, and
-    that at least its tangent's at any point.
-    """
-    samples = len(region)
-    q = rows.center.reshape(samples, -1, rows.center[0].numel())
-    c, lower, upper = (side.to(q).flatten(1)[:, None] for side in (region.center, box.lower, box.upper))
-    w = torch.ones_like(c[:1]) if region.weights is None else region.weights.to(q).flatten()[None, None]
-    moves, eps = w > 0, round_up(region.eps)
-    w = torch.where(moves, w, 1.0)
+def _nearest(
+    q: Tensor, c: Tensor, w: Tensor, moves: Tensor, lower: Tensor, upper: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """A good ``s`` for every row, and the minimiser that belongs to it; any would do."""
     span = torch.where(moves, (q * w) ** 2, 0.0).sum(2, keepdim=True).sqrt()
     largest = torch.where(span > 0, span / (2 * max(eps, TINY)), 1.0)
 
@@ -326,14 +366,32 @@ def ball(rows: Rows, region: Region, box: Box) -> Tensor:
         inside = (away * away).sum(2, keepdim=True) <= eps * eps
         few, many = torch.where(inside, few, middle), torch.where(inside, middle, many)
     s = largest * 2**many
-    x = minimiser(s)
+    return s, minimiser(s)
+
+
+def ball(rows: Rows, region: Region, box: Box) -> Tensor:
+    """The least ``q · x`` over an l2 ball cut to its box, from below: (samples, rows).
+
+    For every ``s >= 0`` it is at least the minimum over the box of the convex ``q·x + s (‖(x - c) / w‖² - eps²)``, and
+    that at least its tangent's at any point.
+    """
+    samples = len(region)
+    q = rows.center.reshape(samples, -1, rows.center[0].numel())
+    c, lower, upper = (side.to(q).flatten(1)[:, None] for side in (region.center, box.lower, box.upper))
+    w = torch.ones_like(c[:1]) if region.weights is None else region.weights.to(q).flatten()[None, None]
+    moves, eps = w > 0, round_up(region.eps)
+    w = torch.where(moves, w, 1.0)
+    with torch.no_grad():
+        s, x = _nearest(q, c, w, moves, lower, upper, eps)
     t = torch.where(moves, (x - c) / w, 0.0)
     bent = 2 * s * t / w
     slope, low, high = q + bent, lower - x, upper - x
     tangent = torch.minimum(slope * low, slope * high)
     whole = (q * x + s * t * t + tangent).sum(2) - s[:, :, 0] * eps * eps
     if rows.radius is None:
-        return whole
+        # As `x` is the minimiser, it is the gradient; that of the tangent would jump.
+        linear = (q * x).sum(2)
+        return whole.detach() + linear - linear.detach()
     off = rows.radius.reshape(q.shape)
     size = torch.maximum(low.abs(), high.abs())
     parts = (off + 2.0**-48 * (q.abs() + bent.abs())) * size + off * x.abs()

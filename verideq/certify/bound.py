@@ -3,6 +3,7 @@ method."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from verideq.box import Box, flushed, gamma, outward, peak, underflow
 from verideq.certify.adjoint import adjoint, adjoint_refined
+from verideq.certify.ascent import adjoint_ascent
 from verideq.certify.certificate import Proof
 from verideq.certify.interval import Arithmetic, propagate
-from verideq.certify.method import TOLERANCE, Bounds, Method, Prepared, Query, boxes_of, prepare
+from verideq.certify.method import TOLERANCE, Bounds, Method, Prepared, Query, boxes_of, prepare, states_of
+from verideq.certify.quadratic import quadratic
 from verideq.equilibrium import Auto
 from verideq.errors import InputError, RegionError, UnknownName
 from verideq.region import Region
@@ -62,6 +65,7 @@ def run_method(
     rhs: Tensor | None = None,
     tolerance: float = 0.0,
     upper: bool = True,
+    deadline: float = math.inf,
 ) -> Bounds:
     """`bound`, with the steps that it took and a proof; see `Query`."""
     chosen = method_named(method)
@@ -79,7 +83,8 @@ def run_method(
         C = _specification(C, len(box.lower), outputs).to(prepared.device)
     balls = region if isinstance(region, Region) else None
     solver = Auto(tol=TOLERANCE, max_steps=max_steps)
-    query = Query(box, balls, C, None if rhs is None else rhs.to(box.lower), solver, tolerance, upper)
+    rhs = None if rhs is None else rhs.to(box.lower)
+    query = Query(box, balls, C, rhs, solver, tolerance, upper, deadline)
     # cuDNN may choose a transform whose error is not bounded entry by entry.
     with torch.backends.cudnn.flags(enabled=False):
         result = chosen(prepared, query)
@@ -106,7 +111,7 @@ def interval(prepared: Prepared, query: Query) -> Bounds:
     """Interval bound propagation; a last linear layer and ``C`` are one linear map (elision)."""
     prepared.require_gauges()
     box, C = query.box, query.C
-    arithmetic = Arithmetic(prepared.gauges, query.solver, query.tolerance)
+    arithmetic = Arithmetic(prepared.gauges, query.solver, query.tolerance, prepared.monotone)
     last = prepared.graph.nodes[-1]
     if C is None:
         result = propagate(prepared.graph, box, arithmetic)
@@ -117,9 +122,9 @@ def interval(prepared: Prepared, query: Query) -> Bounds:
         outputs = propagate(prepared.graph, box, arithmetic)
         result = elide(outputs, C, None, None)
     steps = arithmetic.steps
-    boxes = arithmetic.boxes
+    boxes, states = arithmetic.boxes, arithmetic.states
     steps = torch.zeros(len(box.lower), dtype=torch.long) if steps is None else steps
-    return Bounds(result, steps, lambda i: Proof(boxes=boxes_of(boxes, i)))
+    return Bounds(result, steps, lambda i: Proof(boxes_of(boxes, i), states_of(states, i)))
 
 
 def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) -> Box:
@@ -154,14 +159,24 @@ def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) 
     return outward(times(rows, center) + shift, moved + lost)
 
 
-METHODS: dict[str, Method] = {"interval": interval, "adjoint": adjoint, "adjoint-refined": adjoint_refined}
+METHODS: dict[str, Method] = {
+    "interval": interval,
+    "adjoint": adjoint,
+    "adjoint-refined": adjoint_refined,
+    "adjoint-ascent": adjoint_ascent,
+    "quadratic": quadratic,
+}
 """Every bound method by name."""
 
 
+def _auto(prepared: Prepared, query: Query) -> Bounds:
+    return METHODS["quadratic" if prepared.monotone else "adjoint-refined"](prepared, query)
+
+
 def method_named(method: str) -> Method:
-    """The method, or `UnknownName` with the list; ``auto`` is the best that there is."""
+    """The method, or `UnknownName` with the list; ``auto`` is the best that takes one pass."""
     if method == "auto":
-        return METHODS["interval"]
+        return _auto
     if method not in METHODS:
         raise UnknownName("method", method, ("auto", *METHODS))
     return METHODS[method]

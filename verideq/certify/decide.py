@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from verideq.attacks import attack_named
 from verideq.box import Box
-from verideq.certify.bound import elide, method_named, run_method
+from verideq.certify.bound import METHODS, elide, method_named, run_method
 from verideq.certify.certificate import record
 from verideq.certify.method import Bounds, Prepared, prepare
 from verideq.certify.summary import REJECTED
@@ -178,30 +178,48 @@ class _Draft:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
+    def expire(self, places: list[int]) -> None:
+        """What is open, or was proved just now, if the time is over."""
+        if self.late():
+            reason = "the time limit was reached; raise --timeout"
+            for i in places:
+                if self.verdicts[i].status in (Status.UNKNOWN, Status.CERTIFIED):
+                    self.set(i, status=Status.TIMEOUT, reason=reason, checked=False, certificate=None)
+
     def finish(self) -> list[Verdict]:
-        late, seconds = self.late(), (time.monotonic() - self.started) / len(self.verdicts)
-        reason = "the time limit was reached; raise --timeout"
-        return [
-            replace(v, status=Status.TIMEOUT, reason=reason, seconds=seconds)
-            if late and v.status in (Status.UNKNOWN, Status.CERTIFIED)
-            else replace(v, seconds=seconds)
-            for v in self.verdicts
-        ]
+        self.expire([i for i, v in enumerate(self.verdicts) if v.status is Status.UNKNOWN])
+        seconds = (time.monotonic() - self.started) / len(self.verdicts)
+        return [replace(v, seconds=seconds) for v in self.verdicts]
 
 
 def _decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module | None) -> list[Verdict]:
-    method = "interval" if budget.method == "auto" else budget.method
-    draft = _Draft(task, budget, method)
+    methods = automatic(prepared, budget) if budget.method == "auto" else (budget.method,)
+    draft = _Draft(task, budget, methods[0])
     right = _predict(prepared, task, draft)
     if right:
         part = task[torch.tensor(right)]
-        _prove(prepared, part, draft, right, budget, method)
-        if budget.radius:
-            for i, found in zip(right, _radii(prepared, part, budget, method), strict=True):
-                draft.set(i, radius=found)
+        _prove(prepared, part, draft, right, budget, methods[0])
+        # What an attack breaks needs no proof, and costs the bounds behind it the most time.
         if budget.attack != "none" and not draft.late():
             _attack(prepared, part, draft, right, budget, original)
+        for method in methods[1:]:
+            left = [i for i in right if draft.verdicts[i].status is Status.UNKNOWN]
+            if left and not draft.late():
+                _prove(prepared, task[torch.tensor(left)], draft, left, budget, method)
+        if budget.radius:
+            for i, found in zip(right, _radii(prepared, part, budget), strict=True):
+                # What was certified at eps by a slower method is certified there.
+                certified = float(task.region.eps) if draft.verdicts[i].certified else 0.0
+                draft.set(i, radius=None if found is None else max(found, certified))
     return draft.finish()
+
+
+def automatic(prepared: Prepared, budget: Budget) -> tuple[str, ...]:
+    """The methods of ``auto``, cheapest first; branch and bound only within a time limit, because it has no end."""
+    if prepared.missing:
+        return ("interval",)
+    tight = ("quadratic",) if prepared.monotone else ("adjoint", "adjoint-refined", "adjoint-ascent")
+    return tuple(m for m in ("interval", *tight, *(("branch-and-bound",) if budget.timeout else ())) if m in METHODS)
 
 
 def _predict(prepared: Prepared, task: Task, draft: _Draft) -> list[int]:
@@ -233,24 +251,36 @@ def _predict(prepared: Prepared, task: Task, draft: _Draft) -> list[int]:
 def _prove(prepared: Prepared, part: Task, draft: _Draft, right: list[int], budget: Budget, method: str) -> None:
     """Bound the samples `right`, which are the rows of `part`."""
     try:
-        tolerance = round_up(budget.tolerance)
         bounds = run_method(
-            prepared, part.region, part.C, method, budget.max_steps, rhs=part.rhs, tolerance=tolerance, upper=False
+            prepared,
+            part.region,
+            part.C,
+            method,
+            budget.max_steps,
+            rhs=part.rhs,
+            tolerance=round_up(budget.tolerance),
+            upper=False,
+            deadline=draft.deadline,
         )
     except NoGaugeError as error:
         for i in right:
-            draft.set(i, method=method, reason=f"{error} (measured contraction rate {error.rate:.4g})")
+            if not draft.verdicts[i].reason:
+                rate = "" if math.isnan(error.rate) else f" (measured contraction rate {error.rate:.4g})"
+                draft.set(i, method=method, reason=f"{error}{rate}")
         return
     # The difference is rounded down, so that the margin stays a lower bound; its sign is exact before and after.
     rows = bounds.box.lower - part.rhs
     rows = torch.where(part.rhs == 0, rows, torch.nextafter(rows, torch.full_like(rows, -torch.inf)))
     lower: list[float] = rows.amin(1).tolist()
     for i, margin, steps in zip(right, lower, bounds.steps.tolist(), strict=True):
+        before = draft.verdicts[i]
+        if before.margin is not None and not margin > before.margin:
+            continue  # an earlier method said as much, or more
         draft.set(i, margin=margin if math.isfinite(margin) else None, method=method, steps=steps)
         if not math.isfinite(margin):
             draft.set(i, reason="the bound is not finite; the weights or the region are too large for float64")
         elif margin > 0:
-            draft.set(i, status=Status.CERTIFIED)
+            draft.set(i, status=Status.CERTIFIED, reason="")
         else:
             draft.set(
                 i, reason=f"the {method} bound is not tight enough; try a smaller eps, or train with certified training"
@@ -258,6 +288,7 @@ def _prove(prepared: Prepared, part: Task, draft: _Draft, right: list[int], budg
     proposed = [k for k, margin in enumerate(lower) if 0 < margin < math.inf]
     if budget.check and proposed:
         _check(prepared, part, draft, right, proposed, bounds, lower, budget.tolerance)
+    draft.expire(right)
 
 
 def _check(
@@ -299,7 +330,7 @@ def _check(
             )
 
 
-def _radii(prepared: Prepared, part: Task, budget: Budget, method: str) -> list[float | None]:
+def _radii(prepared: Prepared, part: Task, budget: Budget) -> list[float | None]:
     """The largest radius that each sample is certified at, by bisection to one part in 2¹⁴ of the range."""
     region = part.region
     if prepared.missing:
@@ -310,7 +341,9 @@ def _radii(prepared: Prepared, part: Task, budget: Budget, method: str) -> list[
     for _ in range(14):
         middle = (low + high) / 2
         box, tolerance = region.box_of(middle.view(shape)), round_up(budget.tolerance)
-        bounds = run_method(prepared, box, part.C, method, budget.max_steps, tolerance=tolerance, upper=False)
+        bounds = run_method(
+            prepared, box, part.C, budget.method, budget.max_steps, rhs=part.rhs, tolerance=tolerance, upper=False
+        )
         held = (bounds.box.lower > part.rhs).all(1)
         low, high = torch.where(held, middle, low), torch.where(held, high, middle)
     return [float(value) for value in low.tolist()]

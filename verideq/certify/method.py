@@ -125,11 +125,13 @@ class Bounds:
         box: (batch, rows).
         steps: (batch,) solver steps, zero without an equilibrium.
         proof: what a certificate of the sample with this place in the batch is made of.
+        witnesses: by place in the batch, a point, (*features), at which a row was measured to be below its ``rhs``.
     """
 
     box: Box
     steps: Tensor
     proof: Callable[[int], Proof] = lambda i: Proof()
+    witnesses: Mapping[int, Tensor] = field(default_factory=dict)
 
     def replaced(self, part: Tensor, other: Bounds) -> Bounds:
         """These with others for the samples `part`."""
@@ -140,7 +142,9 @@ class Bounds:
         def proof(i: int) -> Proof:
             return other.proof(places[i]) if i in places else self.proof(i)
 
-        return Bounds(Box(*sides), steps, proof)
+        kept = {i: point for i, point in self.witnesses.items() if i not in places}
+        found = {int(part[own]): point for own, point in other.witnesses.items()}
+        return Bounds(Box(*sides), steps, proof, {**kept, **found})
 
 
 def _sides(box: Box) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,184 @@
+"""Ascent on the multipliers of the linear dual: towards the bound of the triangle relaxation.
+
+The dual (`verideq.certify.backward`) is concave and piecewise linear in the multipliers ``g`` of all ReLUs and
+equilibria together, and its best value is that of the triangle relaxation, a linear program. CROWN's ``g`` is where the
+search starts. There hundreds of coefficients are zero up to rounding, so that which corner of the box a plain
+subgradient takes is noise; a smoothed one (Nesterov, *Smooth minimization of non-smooth functions*, 2005), less and
+less so, moves every coefficient in proportion. Steps are Adam's (Kingma and Ba, 2015), in units of each row's largest
+multiplier. Whatever comes out is sound: the bound is that of the best ``g``, rounded to float32 as the certificate has
+it, with all rounding counted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from verideq.box import TINY
+from verideq.certify.adjoint import ELEMENTS, Stage, refined, rows_of, rules
+from verideq.certify.backward import Scene, given, most
+from verideq.certify.method import Bounds, Prepared, Query
+
+Multipliers = dict[str, Tensor]
+"""By node, (rows, 1, *state): every row is a sample of its own."""
+
+FIRST, SECOND = 0.9, 0.999
+"""Adam's averages of the gradient and of its square."""
+FLOOR = 1e-2
+"""What is added to the root of the latter, of its largest entry: directions that hardly matter hardly move."""
+LOOK = 5
+"""Steps between two looks at which rows are closed."""
+SPARE = 2.0**-20
+"""By how much a row is closed in plain arithmetic, of the size of the outputs; more than rounding costs."""
+
+
+@dataclass(frozen=True)
+class Climb:
+    """How long to climb.
+
+    Args:
+        steps: at most.
+        rate: of the first step, in units of a row's largest multiplier; it falls linearly to 0.
+        smooth: see `Scene.smooth`, at the first step; it falls quadratically to 0.
+    """
+
+    steps: int = 80
+    rate: float = 0.03
+    smooth: float = 0.05
+
+
+@torch.no_grad()
+def adjoint_ascent(prepared: Prepared, query: Query) -> Bounds:
+    """The refined adjoint bound, its multipliers improved by ascent where it leaves a sample open."""
+    return refined(prepared, query, lambda stage: ascended(stage).bounds())
+
+
+def ascended(stage: Stage, climb: Climb = Climb()) -> Stage:
+    """The same with better multipliers for the rows that are open."""
+    query, best, C = stage.query, stage.best, rows_of(stage.query, stage.scene)
+    samples, rows = opened(query, best.lower).nonzero().unbind(1)
+    size = sum(known.z.lower[0].numel() for known in stage.scene.relaxed.values())
+    fitting = max(1, ELEMENTS // (8 * size + 1))
+    for i, k in zip(torch.split(samples, fitting), torch.split(rows, fitting), strict=True):
+        if not len(i) or time.monotonic() > query.deadline:
+            break
+        scene = stage.scene.select(i)
+        goal = torch.full_like(best.lower[i, k], torch.inf) if query.upper or query.rhs is None else query.rhs[i, k]
+        start = {name: g[i, k][:, None] for name, g in best.multipliers.items()}
+        found = climbed(scene, C[i, k], start, goal, climb, query.deadline)
+        lower, found = proved(scene, C[i, k], found)
+        whole = {name: torch.zeros_like(g) for name, g in best.multipliers.items()}
+        for name, g in found.items():
+            whole[name][i, k] = g[:, 0]
+        best = best.or_better(torch.full_like(best.lower, -torch.inf).index_put((i, k), lower), whole)
+    return replace(stage, best=best)
+
+
+def opened(query: Query, lower: Tensor) -> Tensor:
+    """(samples, rows) the rows that need a better bound."""
+    wanted = ~query.closed(lower)[:, None].expand_as(lower)
+    return wanted if query.upper or query.rhs is None else wanted & ~(lower > query.rhs)
+
+
+def proved(scene: Scene, C: Tensor, multipliers: Multipliers) -> tuple[Tensor, Multipliers]:
+    """Lower bounds, (rows,), by multipliers rounded to float32, and those."""
+    stored = {name: given(g.float().to(g)) for name, g in multipliers.items()}
+    lower, used = replace(scene, rigorous=True).least({scene.output: scene.start(C)}, stored)
+    return lower[:, 0], used
+
+
+def climbed(
+    scene: Scene, C: Tensor, start: Mapping[str, Tensor], goal: Tensor, climb: Climb, deadline: float = math.inf
+) -> Multipliers:
+    """Better multipliers for rows each of which is a sample of its own.
+
+    Args:
+        scene: of (rows,) samples.
+        C: (rows, outputs).
+        start: multipliers by node, (rows, 1, *state).
+        goal: (rows,) a row above it is left alone.
+        climb: how long.
+        deadline: `time.monotonic` at which to stop.
+    """
+    scene, found, top = replace(scene, rigorous=False), dict(start), torch.full_like(goal, -torch.inf)
+    outputs = scene.values[scene.output]
+    goal = goal + SPARE * (C.abs() * torch.maximum(outputs.lower.abs(), outputs.upper.abs())).sum(1)
+    # Steps need a length also where the best bound so far has no multipliers.
+    _, usual = scene.least({scene.output: scene.start(C)}, rules(scene, "adaptive"))
+    walks = {name: _Walk.begin(scene, name, start[name], usual[name]) for name in usual}
+    alive = torch.arange(len(C), device=C.device)
+    for step in range(climb.steps if walks else 0):
+        left = 1 - step / climb.steps
+        low, slopes = _slopes(replace(scene, smooth=climb.smooth * left**2), C, walks)
+        better = low > top[alive]
+        top[alive] = torch.where(better, low, top[alive])
+        for name, walk in walks.items():
+            found[name] = found[name].index_put((alive[better],), walk.g[better])
+        walks = {name: walk.on(slopes[name], step, climb.rate * left) for name, walk in walks.items()}
+        if step % LOOK == LOOK - 1:
+            open_ = (~(low > goal)).nonzero().flatten()
+            if time.monotonic() > deadline or not len(open_):
+                break
+            if len(open_) < len(alive):
+                alive, scene, C, goal = alive[open_], scene.select(open_), C[open_], goal[open_]
+                walks = {name: _Walk(*(x[open_] for x in walk)) for name, walk in walks.items()}
+    return found
+
+
+def _slopes(scene: Scene, C: Tensor, walks: Mapping[str, _Walk]) -> tuple[Tensor, Multipliers]:
+    """The bounds of rows, (rows,), and their smoothed gradients by node."""
+    with torch.enable_grad():
+        own = {name: walk.g.requires_grad_() for name, walk in walks.items()}
+        low, _ = scene.least({scene.output: scene.start(C)}, {name: given(g) for name, g in own.items()})
+        slopes = torch.autograd.grad(low.sum(), list(own.values()))
+    return low.detach()[:, 0], dict(zip(own, slopes, strict=True))
+
+
+class _Walk(NamedTuple):
+    """Where the multipliers of one node are, (rows, 1, *state), and Adam's averages; the others broadcast.
+
+    Args:
+        g: the multipliers.
+        mean: of the gradients.
+        square: of their squares.
+        scale: of each row's multipliers.
+        noise: gradients of this size are rounding.
+        off: which are not below 0.
+    """
+
+    g: Tensor
+    mean: Tensor
+    square: Tensor
+    scale: Tensor
+    noise: Tensor
+    off: Tensor
+
+    @staticmethod
+    def begin(scene: Scene, name: str, g: Tensor, usual: Tensor) -> _Walk:
+        """Before the first step; `usual`: what CROWN's multipliers are like."""
+        known, shape = scene.relaxed[name], (-1, *[1] * (g.dim() - 1))
+        largest = torch.maximum(most(known.pre.lower[:, None]), most(known.pre.upper[:, None]))
+        return _Walk(
+            g,
+            torch.zeros_like(g),
+            torch.zeros_like(g),
+            torch.maximum(most(g), most(usual)).view(shape),
+            (largest * 2.0**-30 + TINY).view(shape),
+            (known.pre.upper <= 0)[:, None],
+        )
+
+    def on(self, slope: Tensor, step: int, rate: float) -> _Walk:
+        """One step upwards."""
+        mean = FIRST * self.mean + (1 - FIRST) * slope
+        square = SECOND * self.square + (1 - SECOND) * slope * slope
+        size = (square / (1 - SECOND ** (step + 1))).sqrt()
+        size = size + FLOOR * most(size).view(self.scale.shape) + self.noise
+        g = self.g.detach() + rate * self.scale * (mean / (1 - FIRST ** (step + 1)) / size)
+        g = torch.where(self.off, g.clamp(min=0), g)
+        return self._replace(g=torch.where(g.isfinite(), g, 0.0), mean=mean, square=square)
