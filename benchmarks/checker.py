@@ -46,8 +46,8 @@ def measure(model: nn.Module, count: int, rounds: int) -> dict[str, float]:
     bounds = run_method(prepared, region, C, "interval", 1000)
     nothing: Any = None
     payloads = [
-        record(prepared.checker.hash, i, region, i, label=int(labels[i]), C=nothing, rhs=nothing, margin=0.0,
-               enclosures=bounds.enclosures)
+        record(prepared.checker.hash, i, region, i, bounds.proof(i), label=int(labels[i]), C=nothing, rhs=nothing,
+               margin=0.0)
         for i in range(count)
     ]  # fmt: skip
 

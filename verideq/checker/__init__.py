@@ -135,7 +135,7 @@ class Checker:
                     bounds = row_bounds(self.arithmetic, self.nodes, self.layer, [case])[0]
             except Rejected:
                 bounds = np.full(self._rows(case.claim) or 1, -np.inf)
-            found.append(np.where(np.isnan(bounds.astype(float)), -np.inf, bounds))
+            found.append(np.where(bounds != bounds, -np.inf, bounds))
         return found
 
     def _rows(self, claim: Claim) -> int | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from verideq.checker.arithmetic import Arithmetic, Array, Interval, constant, total
+from verideq.checker.arithmetic import Arithmetic, Array, Interval, constant
 from verideq.checker.network import MODES, Node, average, by_channel, lines, optional, pads_of, pair, scaling, windows
 
 Pull = Callable[[Arithmetic, Node, Interval, tuple[int, ...]], tuple[Interval, Interval]]
@@ -20,8 +20,10 @@ Pull = Callable[[Arithmetic, Node, Interval, tuple[int, ...]], tuple[Interval, I
 
 def inner(calc: Arithmetic, q: Interval, x: Interval) -> Interval:
     """``q · x`` over all axes but the first, `x` broadcastable: (rows,)."""
-    lo, hi = calc.multiply(q, x)
-    return total(calc, (lo.reshape(len(lo), -1), hi.reshape(len(hi), -1)))
+    shape = q[0].shape
+    wide = [np.broadcast_to(side, shape) if side.shape != shape else side for side in x]
+    flat = [side.reshape(len(side), -1) for side in (*q, *wide)]
+    return calc.inner((flat[0], flat[1]), (flat[2], flat[3]))
 
 
 def _none(calc: Arithmetic, q: Interval) -> Interval:

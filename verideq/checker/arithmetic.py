@@ -111,11 +111,9 @@ class Float:
         The true ``A`` may differ from the matrix by `error`, entry by entry. With centre ``c`` and radius ``r`` of
         ``x``: ``|A x - fl(A c)| <= |A| (r + γ (|c| + r)) + underflow``.
         """
-        lo, hi = x
         n = matrix.shape[-2]
         g = gamma(n)
-        center = 0.5 * lo + 0.5 * hi
-        radius = np.maximum(hi - center, center - lo) * (1 + 2.0**-50) + 4 * TINY
+        center, radius = self._ball(x)
         size = np.abs(matrix)
         moved = (radius * (1 + g) + g * np.abs(center)) @ size
         if error is not None:
@@ -128,6 +126,27 @@ class Float:
         image = center @ matrix
         image = np.where(np.isfinite(image), image, np.nan)  # an overflow on the way says nothing about the sum
         return self.add((self.down(image - moved), self.up(image + moved)), shift)
+
+    def inner(self, a: Interval, b: Interval) -> Interval:
+        """``a · b`` over the last axis, (rows, n) both: the bound of `affine`, one row of a matrix for each row."""
+        n = a[0].shape[1]
+        g = gamma(n)
+        (c, e), (x, r) = self._ball(a), self._ball(b)
+        size = np.abs(c)
+        reach = np.abs(x) + r
+        moved = np.einsum("ij,ij->i", size, r * (1 + g) + g * np.abs(x)) + np.einsum("ij,ij->i", e, reach) * (1 + g)
+        largest = 2 + (size + e).max(1, initial=0.0) + reach.max(1, initial=0.0)
+        moved = moved * (1 + g) + 8 * TINY * (n + SLACK) * largest
+        value = np.einsum("ij,ij->i", c, x)
+        value = np.where(np.isfinite(value), value, np.nan)
+        return self.down(value - moved), self.up(value + moved)
+
+    @staticmethod
+    def _ball(x: Interval) -> tuple[Array, Array]:
+        """A centre, and a radius that reaches both ends."""
+        lo, hi = x
+        center = 0.5 * lo + 0.5 * hi
+        return center, np.maximum(hi - center, center - lo) * (1 + 2.0**-50) + 4 * TINY
 
 
 def _size(x: Interval) -> Array:
@@ -191,6 +210,11 @@ class Exact:
 
         bracket = np.frompyfunc(near, 2, 1)
         return bracket(a[0], 0), bracket(a[1], 1)
+
+    def inner(self, a: Interval, b: Interval) -> Interval:
+        """``a · b`` over the last axis, (rows, n) both."""
+        lo, hi = self.multiply(a, b)
+        return lo.sum(1), hi.sum(1)
 
     def affine(self, x: Interval, matrix: Array, shift: Interval, error: Array | None = None) -> Interval:
         """``A x + b``, see `Float.affine`: ``U⁺ lo + U⁻ hi + b`` below, ``U⁺ hi + U⁻ lo + b`` above."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class _Proof:
             require({split.node for split in case.splits} <= named | {"input"}, "a split of a node that is not relaxed")
             require({step.node for step in case.steps[:-1]} <= named, "a tightening of a node that is not relaxed")
         rows, shift = self._specification()
-        bounds = self._quadratic(rows) if cases[0].steps[-1].quadratic else self._dual(rows)
+        bounds = self._quadratic(rows) if cases[0].steps[-1].quadratic else self._dual(rows, shift)
         return np.where(self.holds[:, None], calc.add((bounds, bounds), shift)[0], np.nan)
 
     # --- the parts of the ball -----------------------------------------------------------------------------------
@@ -176,18 +177,29 @@ class _Proof:
         C, shift = np.stack(rows), np.stack(shifts)
         return (C, C), (shift, shift)
 
-    def _dual(self, C: Interval) -> Array:
+    def _dual(self, C: Interval, shift: Interval) -> Array:
+        """The linear dual of every row; by intervals alone where no multipliers are given and that is enough."""
         calc, last, rows = self.calc, self.nodes[-1], C[0].shape[1]
-        q = (C[0].reshape(-1, C[0].shape[2]),) * 2
-        bounds = self.scene.least({last.name: q}, [case.steps[-1] for case in self.cases], rows)
-        lost = bounds != bounds  # NaN; a fraction may be beyond float64
-        if lost.any() and last.kind in PULLS:
-            # Coefficients on early values may overflow where the values do not: those rows end at the last operation.
-            x = self.scene.values[last.inputs[0]]
-            q, shift = pull(calc, last, q, x[0].shape[1:])
-            least = calc.add(inner(calc, q, (np.repeat(x[0], rows, 0), np.repeat(x[1], rows, 0))), shift)[0]
-            bounds = np.where(lost, least.reshape(bounds.shape), bounds)
-        return bounds
+        steps, q = [case.steps[-1] for case in self.cases], (C[0].reshape(-1, C[0].shape[2]),) * 2
+        ends = self._elided(q, rows) if last.kind in PULLS else np.full((len(steps), rows), -np.inf)
+        least = calc.add((ends, ends), shift)[0].min(1)
+        plain = steps[0].slopes is None and not steps[0].multipliers
+        claimed = [
+            0 < margin and Fraction(margin) >= case.claim.margin for case, margin in zip(self.cases, least, strict=True)
+        ]
+        if plain and all(claimed):
+            return ends
+        bounds = self.scene.least({last.name: q}, steps, rows)
+        # Coefficients on early values may overflow where the values do not.
+        return np.where(bounds > ends, bounds, ends)
+
+    def _elided(self, q: Interval, rows: int) -> Array:
+        """Rows on the output as rows on what the last operation reads, and there over its box: (cases, rows)."""
+        calc, last = self.calc, self.nodes[-1]
+        x = self.scene.values[last.inputs[0]]
+        q, shift = pull(calc, last, q, x[0].shape[1:])
+        least: Array = calc.add(inner(calc, q, (np.repeat(x[0], rows, 0), np.repeat(x[1], rows, 0))), shift)[0]
+        return least.reshape(-1, rows)
 
     def _quadratic(self, C: Interval) -> Array:
         """The quadratic dual of every case: the one equilibrium between affine maps."""
