@@ -23,10 +23,12 @@ from torch import nn
 import verideq
 from verideq.certify import METHODS, Prepared
 from verideq.certify.bound import Bounds, interval
-from verideq.cli.inspect import predicted_steps
+from verideq.cli.inspect import describe, predicted_steps
 from verideq.cli.main import run
 from verideq.data import load
+from verideq.equilibrium import Equilibrium
 from verideq.graph import load_model, save_model
+from verideq.parametrizations import MonDEQ
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ["--threads", "1", "--attack", "none", "--limit", "5", "--eps", "0.02"]
@@ -35,7 +37,7 @@ BUILDERS = """
 import torch
 from torch import nn
 from verideq import Equilibrium
-from verideq.parametrizations import NEMON
+from verideq.parametrizations import NEMON, MonDEQ
 
 CALLS = []
 
@@ -55,6 +57,18 @@ def inverted():
     torch.manual_seed(0)
     fusion = NEMON.apply(nn.Linear(24, 24, bias=False))
     return nn.Sequential(nn.Flatten(), Equilibrium(fusion, nn.Linear(64, 24)), nn.Linear(24, 10))
+
+def factored():
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 24, 24)
+    fusion = MonDEQ.from_weights(A, B, 20.0)
+    return nn.Sequential(nn.Flatten(), Equilibrium(fusion, nn.Linear(64, 24)), nn.Linear(24, 10))
+
+def multiplied():
+    model = factored()
+    return nn.Sequential(
+        nn.Flatten(), Equilibrium.from_matrices(model[1].operator().weight, torch.ones(24, 64)), nn.Linear(24, 10)
+    )
 
 def curved():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Tanh())
@@ -554,6 +568,63 @@ def test_inspect_of_a_model_without_a_gauge(here: Path, capsys: Capture) -> None
     text = capsys.readouterr().out
     assert "no gauge: the spectral radius of |W| is about 30" in text
     assert "6 units, no class recorded: nothing is guaranteed (too large by about 29)" in text
+    assert "The smallest eigenvalue of I - sym W is about -29: no m > 0" in text
+    assert (layer["m"], layer["by"], layer["smallest_eigenvalue"]) == (None, None, pytest.approx(-29, rel=1e-6))
+
+
+def inspected(capsys: Capture, model: str) -> tuple[dict[str, Any], str]:
+    """What `inspect` has for the one equilibrium of a model: the facts, and the line."""
+    assert run(["inspect", model, "--json"]) == 0
+    (layer,) = json.loads(capsys.readouterr().out)["equilibria"]
+    assert run(["inspect", model]) == 0
+    return layer, capsys.readouterr().out.splitlines()[-1]
+
+
+def test_inspect_of_a_factored_layer_is_monotone_by_algebra(here: Path, capsys: Capture) -> None:
+    built, line = inspected(capsys, "builders:factored")
+    expected = {"class": "MonDEQ", "guarantee": "monotone", "gauge": None, "m": 20.0, "by": "factors"}
+    assert expected.items() <= built.items()
+    assert built["excess"] > 0
+    assert "24 units, MonDEQ: monotone with m = 20, by its factors: one equilibrium for every input; no gauge" in line
+    save_model(sys.modules["builders"].factored(), here / "factored.safetensors")
+    assert inspected(capsys, "factored.safetensors") == (built, line)
+
+
+def test_inspect_proves_a_dense_weight_without_a_gauge_monotone(here: Path, capsys: Capture) -> None:
+    layer, line = inspected(capsys, "builders:multiplied")
+    assert (layer["class"], layer["guarantee"], layer["gauge"], layer["by"]) == (None, "monotone", None, "proof")
+    W = sys.modules["builders"].multiplied()[1].fusion.weight.detach().double()
+    smallest = float(1 - torch.linalg.eigvalsh((W + W.T) / 2)[-1])
+    assert smallest * (1 - 1e-6) < layer["m"] <= smallest + 1e-9
+    assert layer["smallest_eigenvalue"] == pytest.approx(smallest)
+    shown = float(re.search(r"monotone with m = (\S+), proved of the stored W", line)[1])
+    assert layer["m"] * (1 - 1e-3) < shown <= layer["m"]
+
+
+def test_inspect_of_a_factored_layer_with_a_gauge_names_both(here: Path, capsys: Capture) -> None:
+    small = torch.full((3, 3), 0.1)
+    fusion = MonDEQ.from_weights(small, small, 20.0)
+    save_model(nn.Sequential(Equilibrium(fusion, nn.Linear(4, 3)), nn.Linear(3, 2)), here / "tame.safetensors")
+    layer, line = inspected(capsys, "tame.safetensors")
+    assert (layer["guarantee"], layer["gauge"], layer["m"]) == ("gauge", "transformed layer", 20.0)
+    assert "MonDEQ: gauge of the transformed layer" in line and line.endswith("(worst case); monotone with m = 20")
+
+
+def test_inspect_of_a_convolution_without_a_gauge_asks_for_no_m(here: Path, capsys: Capture) -> None:
+    fusion = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+    nn.init.constant_(fusion.weight, 1.0)
+    save_model(nn.Sequential(Equilibrium(fusion, nn.Conv2d(1, 2, 3, padding=1))), here / "conv.safetensors")
+    layer, line = inspected(capsys, "conv.safetensors")
+    assert (layer["guarantee"], layer["m"], layer["smallest_eigenvalue"]) == (None, None, None)
+    assert "nothing is guaranteed (too large by about 17)" in line and "eigenvalue" not in line
+
+
+def test_inspect_says_nothing_of_factors_that_are_not_finite() -> None:
+    model = nn.Sequential(
+        nn.Flatten(), Equilibrium(MonDEQ.from_weights(*torch.full((2, 3, 3), math.inf), 20.0), nn.Linear(4, 3))
+    )
+    (layer,) = describe(model, "broken", {})["equilibria"]
+    assert (layer["guarantee"], layer["m"], layer["rate"]) == (None, None, None)
 
 
 def test_inspect_names_the_class_of_a_builder_and_of_its_file(here: Path, capsys: Capture) -> None:

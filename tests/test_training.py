@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import verideq
@@ -21,12 +24,14 @@ from verideq.box import Box
 from verideq.certify import margin_rows
 from verideq.cli.main import run
 from verideq.data import Dataset, load
-from verideq.equilibrium import Equilibrium
-from verideq.errors import InputError, ModelError, RecipeError, ResumeError
+from verideq.equilibrium import Equilibrium, MonotoneFusion, gauge
+from verideq.errors import InputError, ModelError, RecipeError, ResumeError, UnknownName
 from verideq.graph import load_model, trace
-from verideq.models.zoo import ARCHITECTURES
+from verideq.graph.file import KEY
+from verideq.models.zoo import ARCHITECTURES, PARAMETRIZATIONS
+from verideq.parametrizations import annealed_m
 from verideq.training import Recipe, Trainer, read_recipe
-from verideq.training.loss import bounded_margins, certified_loss, margins
+from verideq.training.loss import bounded_margins, certified_loss, margins, standard_loss
 from verideq.training.recipe import make_recipe
 from verideq.training.schedule import eps_at
 from verideq.training.train import build
@@ -103,6 +108,19 @@ BAD = {
     "[options]\nwidth = 'five'": "options.width: expected int; got 'five'",
     "[options]\nwidth = -5": "options.width: expected a number above 0; got -5",
     "[options]\nm = true": "options.m: expected float; got True",
+    "[options]\nm = nan": "options.m: expected a number above 0; got nan",
+    "[options]\nm = 1.5": "options: m = 1.5 is outside (0, 1)",
+    "[options]\ngamma = 2.0": "options.gamma: linear-deq has no such option; it has width, m",
+    "parametrization = 'lben'\n[options]\ngamma = 1.0": "options: gamma = 1.0: the largest ratio",
+    "parametrization = 'lben'\n[options]\nmm = 1": "linear-deq with lben has no such option; it has width, m, gamma",
+    "parametrization = 'cerdeq'\n[options]\niterations = 2.5": "options.iterations: expected int; got 2.5",
+    "parametrization = 'mondeq'": 'loss: expected "cross-entropy" with mondeq, which has no gauge',
+    "parametrization = 'mondeq'\nloss = 'cross-entropy'\n[options]\nm = inf": "options: m = inf is outside (0, inf)",
+    "parametrization = 7": "parametrization: expected str; got 7",
+    "loss = 'hinge'": "loss: expected interval or cross-entropy; got 'hinge'",
+    "anneal_m = 1": "anneal_m: expected bool; got 1",
+    "anneal_m = true\nloss = 'cross-entropy'": "anneal_m: expected false",
+    "anneal_m = true\neps = 0": "anneal_m: expected false",
     "epochs = ": "is no TOML file",
 }
 
@@ -120,6 +138,30 @@ def test_a_bad_recipe_names_the_file_the_key_and_the_value(recipe_file: Write, t
 def test_a_bad_radius_or_architecture(recipe_file: Write, text: str) -> None:
     with pytest.raises(InputError, match=r"eps|resnet"):
         read_recipe(recipe_file(text))
+
+
+def test_an_unknown_parametrization_names_those_there_are(recipe_file: Write) -> None:
+    with pytest.raises(UnknownName, match=r"parametrization.*'deq'.*ibp-mondeq.*row-gauge.*mondeq"):
+        read_recipe(recipe_file("parametrization = 'deq'"))
+
+
+def test_a_recipe_leaves_the_random_numbers_of_the_process_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    make_recipe({"parametrization": "mondeq", "loss": "cross-entropy"})
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_every_option_of_a_parametrization_is_an_option_of_the_recipe(recipe_file: Write, name: str) -> None:
+    text = f'architecture = "conv-deq"\nparametrization = "{name}"\nloss = "cross-entropy"\n'
+    recipe = read_recipe(recipe_file(text))
+    accepted = list(inspect.signature(PARAMETRIZATIONS[name].register).parameters.values())[1:]
+    own = {p.name: p.default for p in accepted}
+    assert "m" in own
+    assert recipe.all_options() == {"width": 32, "stride": 2, "pool": 1, **own}
+    assert read_recipe(recipe_file(recipe.toml())) == replace(recipe, options=recipe.all_options())
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:
@@ -263,6 +305,15 @@ def test_at_radius_zero_the_certified_loss_is_the_clean_one() -> None:
     images, labels = DIGITS.scaled(slice(16)), DIGITS.labels[:16]
     loss, _, _ = certified_loss(trace(model), images, Box(images, images), labels, 0.0)
     assert loss.item() == pytest.approx(nn.functional.cross_entropy(model(images), labels).item(), rel=1e-4)
+
+
+def test_the_standard_loss_is_the_cross_entropy_of_the_outputs() -> None:
+    model = models()["conv-deq"].double().train()
+    images, labels = DIGITS.scaled(slice(16)), DIGITS.labels[:16]
+    loss, wrong = standard_loss(trace(model), images, labels)
+    outputs = model(images)
+    assert loss.item() == pytest.approx(nn.functional.cross_entropy(outputs, labels).item(), rel=1e-4)
+    assert torch.equal(wrong, outputs.argmax(1) != labels)
 
 
 def test_the_model_has_to_end_in_a_linear_layer() -> None:
@@ -459,3 +510,117 @@ def test_a_run_that_ends_before_its_ramp_says_so(tmp_path: Path, capsys: pytest.
     assert run(["train", str(recipe), "--out", str(tmp_path / "out"), "--threads", "1"]) == 0
     assert capsys.readouterr().err.count("the epochs end before the ramp of eps does, at 0 of 0.1") == 2
     assert Recipe(epochs=5, natural_epochs=1, ramp_epochs=4).last_radius == Recipe().radius
+
+
+# --- parametrizations and losses --------------------------------------------------------------------------------------
+
+STANDARD = {"loss": "cross-entropy", "learning_rate": 2e-2, "decay_epochs": []}
+
+
+def layer_of(path: Path) -> Equilibrium:
+    ((_, layer),) = load_model(path).equilibria()
+    return layer
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in PARAMETRIZATIONS if name != "mondeq"])
+def test_certified_training_in_every_class_with_a_gauge(tmp_path: Path, architecture: str, name: str) -> None:
+    changes = {"architecture": architecture, "parametrization": name, "options": {"width": 6}, "epochs": 3}
+    path = trainer(tmp_path, **changes).run()
+    records = log(tmp_path)
+    assert records[2]["loss"] < records[0]["loss"]
+    layer = layer_of(path)
+    assert float(gauge(layer).slack(layer).min()) > 0
+    with safe_open(path, framework="pt") as handle:
+        recorded = json.loads(handle.metadata()[KEY])["nodes"]
+    assert [PARAMETRIZATIONS[name].__name__] in [node["parametrizations"] for node in recorded]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_mondeq_is_trained_by_its_factors(tmp_path: Path, architecture: str) -> None:
+    changes = {"architecture": architecture, "parametrization": "mondeq", "options": {"width": 6, "m": 5.0}}
+    made = trainer(tmp_path, data=DIGITS, **changes, **STANDARD)
+    fusions = [module for module in made.model.modules() if isinstance(module, MonotoneFusion)]
+    drawn = [(fusion.A.detach().clone(), fusion.B.detach().clone()) for fusion in fusions]
+    fusion = layer_of(made.run()).fusion
+    assert log(tmp_path)[-1]["train_error"] < 0.4
+    assert isinstance(fusion, MonotoneFusion)
+    assert float(fusion.m) == 5.0
+    ((A, B),) = drawn
+    assert not torch.equal(fusion.A, A) and not torch.equal(fusion.B, B)
+
+
+def test_standard_training_knows_no_radius(tmp_path: Path) -> None:
+    """Neither the radius and its ramp nor the weight of the certified part change a byte of the model."""
+    one = trainer(tmp_path / "one", **STANDARD).run()
+    changes = {"eps": "0.3", "ramp_epochs": 9, "natural_epochs": 0, "clean_weight": 0.5}
+    two = trainer(tmp_path / "two", **STANDARD | changes).run()
+    assert one.read_bytes() == two.read_bytes()
+    assert [(record["eps"], record["train_interval_error"]) for record in log(tmp_path / "one")] == [(0.0, None)] * 4
+    losses = [record["loss"] for record in log(tmp_path / "one")]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_standard_training_starts_from_the_weights_of_torch() -> None:
+    torch.manual_seed(0)
+    expected = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(64, 8), nn.Linear(8, 10))
+    built = build(make_recipe(SMALL | STANDARD), FEW)
+    assert torch.equal(built[2].weight, expected[2].weight)
+    spread = float(build(make_recipe(SMALL), FEW)[2].weight.detach().std())
+    assert spread == pytest.approx(math.sqrt(2 * math.pi) / 8, rel=0.3)
+
+
+def test_m_falls_while_the_radius_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(tmp_path, options={"width": 8, "m": 0.3}, anneal_m=True)
+    fusion = made.model[1].fusion
+    seen = []
+
+    def watched(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(float(fusion.parametrizations.weight[0].m))
+        return certified_loss(*arguments)
+
+    monkeypatch.setattr("verideq.training.train.certified_loss", watched)
+    path = made.run()
+    radii = [eps_at(step, natural=4, ramp=8, final=made.recipe.radius) for step in range(16)]
+    assert seen == pytest.approx([annealed_m(0.3, eps, made.recipe.radius) for eps in radii], abs=1e-6)
+    assert (seen[0], seen[-1]) == pytest.approx((0.99, 0.3), abs=1e-6)
+    assert all(a >= b for a, b in pairwise(seen))
+    size = layer_of(path).fusion.weight.detach().abs()
+    rate = float(torch.linalg.eigvalsh((size + size.T) / 2)[-1])
+    assert rate == pytest.approx(0.7, rel=1e-4), "the weight that is stored is that of the last m"
+
+
+def test_annealing_can_be_interrupted_too(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", anneal_m=True).run().read_bytes()
+    assert whole != trainer(tmp_path / "plain").run().read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "cut", anneal_m=True).run(report=Interrupting(2))
+    assert trainer(tmp_path / "cut", anneal_m=True, resume=True).run().read_bytes() == whole
+
+
+def test_the_shipped_recipe_for_the_digits_by_cross_entropy(tmp_path: Path) -> None:
+    recipe = read_recipe(Path(__file__).resolve().parent.parent / "recipes/digits-standard.toml", ["epochs=8"])
+    model = load_model(Trainer(recipe, tmp_path, CPU).run())
+    test = load("digits", "test")
+    with torch.no_grad():
+        right = model(test.scaled().float()).argmax(1) == test.labels
+    assert float(right.double().mean()) > 0.93
+
+
+def test_the_shipped_mondeq_is_784_40_10_with_m_20() -> None:
+    recipe = read_recipe(Path(__file__).resolve().parent.parent / "recipes/mondeq.toml")
+    blank = replace(FEW, images=torch.zeros(4, 1, 28, 28, dtype=FEW.images.dtype), labels=FEW.labels[:4])
+    model = build(recipe, blank)
+    layer = model[2]
+    assert [type(module).__name__ for module in model] == ["Normalize", "Flatten", "Equilibrium", "Linear"]
+    assert isinstance(layer.fusion, MonotoneFusion) and float(layer.fusion.m) == 20
+    assert (layer.injection.weight.shape, model[3].weight.shape) == ((40, 784), (10, 40))
+
+
+def test_the_command_trains_without_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "plain.toml"
+    recipe.write_text('loss = "cross-entropy"\nparametrization = "nemon"\nepochs = 1\n[options]\nwidth = 4\n')
+    assert run(["train", str(recipe), "--out", str(tmp_path / "out"), "--threads", "1"]) == 0
+    shown = capsys.readouterr().err
+    assert "error" in shown
+    assert "uncertified" not in shown and "warning" not in shown

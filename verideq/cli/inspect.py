@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from decimal import ROUND_FLOOR, Context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from verideq.cli.options import Json, Weights, read_model
-from verideq.equilibrium import Equilibrium, gauge
+from verideq.equilibrium import Dense, Equilibrium, Gauge, Monotone, gauge
+from verideq.equilibrium.monotonicity import proved_m
 from verideq.errors import NoGaugeError
 from verideq.graph import model_hash, trace, unsupported
 from verideq.graph.file import KEY
@@ -95,22 +97,53 @@ def describe(network: nn.Module, name: str, recorded: Mapping[str, list[str]]) -
 def _guarantee(layer: Equilibrium) -> dict[str, Any]:
     """What the stored weights of one equilibrium prove, and how far they are from it where they prove nothing.
 
-    ``guarantee`` is ``gauge`` or ``None``.
+    ``guarantee`` is ``gauge``, from which bounds of every kind follow; else ``monotone``, ``I - sym W ⪰ m I`` with
+    ``m > 0``, from which the equilibrium exists and is unique; else ``None``.
     """
     try:
-        found = gauge(layer)
+        return _contraction(layer, gauge(layer))
     except NoGaugeError as error:
         rate = error.rate if math.isfinite(error.rate) else None
-        missing = {"guarantee": None, "gauge": None, "reason": str(error), "rate": rate, "steps": None}
-        return missing | {"excess": None if rate is None else rate - 1}
+        # Of numbers that are not finite nothing follows, by algebra or otherwise.
+        m, by, eigenvalue = (None, None, None) if rate is None else _monotone(layer)
+        return {
+            "guarantee": None if m is None else "monotone",
+            "gauge": None,
+            "reason": str(error),
+            "rate": rate,
+            "steps": None,
+            "excess": None if rate is None else rate - 1,
+            "m": m,
+            "by": by,
+            "smallest_eigenvalue": eigenvalue,
+        }
+
+
+def _contraction(layer: Equilibrium, found: Gauge) -> dict[str, Any]:
     rate = found.rate(layer)
+    operator = layer.operator()
     return {
         "guarantee": "gauge",
         "gauge": "transformed layer" if found.transformed else "W",
         "smallest_slack": float(found.slack(layer).min()),
         "rate": rate,
         "steps": predicted_steps(rate),
+        "m": operator.m if isinstance(operator, Monotone) else None,
     }
+
+
+def _monotone(layer: Equilibrium) -> tuple[float | None, str | None, float | None]:
+    """A positive ``m`` with ``I - sym W ⪰ m I`` of the stored numbers, if one is known, and by what.
+
+    By algebra for a factored ``W``; by a proof for a dense one, whose measured smallest eigenvalue is the third part.
+    """
+    operator = layer.operator()
+    if isinstance(operator, Monotone):
+        return operator.m, "factors", None
+    if not isinstance(operator, Dense):
+        return None, None, None
+    proved, measured = proved_m(operator.weight)
+    return (proved, "proof", measured) if proved > 0 else (None, None, measured)
 
 
 def predicted_steps(rate: float, tol: float = 1e-5) -> int:
@@ -133,13 +166,25 @@ def _show(facts: dict[str, Any]) -> None:
     console.print(table)
     for layer in facts["equilibria"]:
         head = f"{layer['name']}: {layer['units']} units, {layer['class'] or 'no class recorded'}"
-        if layer["guarantee"] is None:
-            missed = "" if layer["excess"] is None else f" (too large by about {layer['excess']:.3g})"
-            console.print(f"{head}: nothing is guaranteed{missed}: {layer['reason']}", markup=False)
-        else:
-            console.print(
-                f"{head}: gauge of {'the ' * (layer['gauge'] != 'W')}{layer['gauge']}, "
-                f"smallest slack {layer['smallest_slack']:.3g}, "
-                f"contraction rate {layer['rate']:.4g}: about {layer['steps']} Picard steps to 1e-5 (worst case)",
-                markup=False,
-            )
+        console.print(f"{head}: {_sentence(layer)}", markup=False)
+
+
+def _sentence(layer: Mapping[str, Any]) -> str:
+    """What `_guarantee` found, in words; a proved `m` is rounded down."""
+    known = "" if layer["m"] is None else f"monotone with m = {Context(4, ROUND_FLOOR).create_decimal(layer['m'])}"
+    if layer["guarantee"] == "gauge":
+        text = (
+            f"gauge of {'the ' * (layer['gauge'] != 'W')}{layer['gauge']}, "
+            f"smallest slack {layer['smallest_slack']:.3g}, "
+            f"contraction rate {layer['rate']:.4g}: about {layer['steps']} Picard steps to 1e-5 (worst case)"
+        )
+        return f"{text}; {known}" if known else text
+    if layer["guarantee"] == "monotone":
+        reason = "by its factors" if layer["by"] == "factors" else "proved of the stored W"
+        return f"{known}, {reason}: one equilibrium for every input; {layer['reason']}"
+    missed = "" if layer["excess"] is None else f" (too large by about {layer['excess']:.3g})"
+    eigenvalue = layer["smallest_eigenvalue"]
+    text = f"nothing is guaranteed{missed}: {layer['reason']}"
+    if eigenvalue is None:
+        return text
+    return f"{text}. The smallest eigenvalue of I - sym W is about {eigenvalue:.3g}: no m > 0"

@@ -1,4 +1,4 @@
-"""``verideq train``: certified training from a recipe."""
+"""``verideq train``: training from a recipe."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(
     console = Console(stderr=True, highlight=False, emoji=False, quiet=as_json)
     console.print(f"{len(trainer.labels)} samples, {trainer.steps} steps an epoch, {chosen.epochs} epochs; {folder}")
     last: dict[str, Any] = {}
-    short = chosen.epochs < chosen.natural_epochs + chosen.ramp_epochs
+    short = chosen.loss == "interval" and chosen.epochs < chosen.natural_epochs + chosen.ramp_epochs
     warning = (
         f"warning: the epochs end before the ramp of eps does, at {chosen.last_radius:.3g} of {chosen.radius:.3g}; set "
         "epochs or ramp_epochs for a model that is trained to be certified"
@@ -52,10 +52,11 @@ def train(
 
     def report(line: dict[str, Any]) -> None:
         last.update(line)
+        uncertified = line["train_interval_error"]
+        bounds = "" if uncertified is None else f"uncertified {uncertified:6.2%}  "
         console.print(
             f"epoch {line['epoch']:>3}/{chosen.epochs}  eps {line['eps']:<8.3g}  loss {line['loss']:<8.3g} "
-            f"error {line['train_error']:6.2%}  uncertified {line['train_interval_error']:6.2%}  "
-            f"{line['seconds']:.1f} s"
+            f"error {line['train_error']:6.2%}  {bounds}{line['seconds']:.1f} s"
         )
 
     try:

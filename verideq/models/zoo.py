@@ -1,4 +1,4 @@
-"""Architectures by name, for recipes: each from the input's shape, the number of classes, and a few sizes."""
+"""Architectures and parametrizations by name, for recipes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,40 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from verideq.equilibrium import Equilibrium
 from verideq.errors import UnknownName
-from verideq.parametrizations import IBPMonDEQ
+from verideq.parametrizations import (
+    LBEN,
+    NEMON,
+    CerDEQ,
+    IBPMonDEQ,
+    MonDEQ,
+    Parametrization,
+    RowGauge,
+    SpectralNorm,
+    WeightNorm,
+)
+
+Parametrize = Callable[[nn.Module], nn.Module]
+"""Takes a fresh fusion, and gives one whose ``W`` is well-posed."""
 
 
-def linear_deq(input_shape: tuple[int, ...], classes: int, *, width: int = 128, m: float = 0.1) -> nn.Sequential:
-    """Flatten, one dense equilibrium of `width` units with an IBP-MonDEQ ``W``, a linear classifier."""
-    fusion = IBPMonDEQ.apply(nn.Linear(width, width, bias=False), m=m)
+def linear_deq(
+    input_shape: tuple[int, ...], classes: int, parametrize: Parametrize = IBPMonDEQ.apply, *, width: int = 128
+) -> nn.Sequential:
+    """Flatten, one dense equilibrium of `width` units, a linear classifier."""
+    fusion = parametrize(nn.Linear(width, width, bias=False))
     return nn.Sequential(
         nn.Flatten(), Equilibrium(fusion, nn.Linear(math.prod(input_shape), width)), nn.Linear(width, classes)
     )
 
 
 def conv_deq(
-    input_shape: tuple[int, ...], classes: int, *, width: int = 32, m: float = 0.1, stride: int = 2, pool: int = 1
+    input_shape: tuple[int, ...],
+    classes: int,
+    parametrize: Parametrize = IBPMonDEQ.apply,
+    *,
+    width: int = 32,
+    stride: int = 2,
+    pool: int = 1,
 ) -> nn.Sequential:
     """One convolutional equilibrium of `width` channels, as DEQ-3 of Wei & Kolter.
 
@@ -32,13 +53,13 @@ def conv_deq(
     Args:
         input_shape: (channels, height, width).
         classes: outputs.
+        parametrize: of the equilibrium's ``W``.
         width: channels of the equilibrium.
-        m: strength of monotonicity.
         stride: of the injection.
         pool: kernel of the average pooling, 1 for none.
     """
     channels, rows, columns = input_shape
-    fusion = IBPMonDEQ.apply(nn.Conv2d(width, width, 3, padding=1, bias=False), m=m)
+    fusion = parametrize(nn.Conv2d(width, width, 3, padding=1, bias=False))
     injection = nn.Sequential(
         nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width)
     )
@@ -54,6 +75,17 @@ def conv_deq(
 
 ARCHITECTURES: dict[str, Callable[..., nn.Sequential]] = {"linear-deq": linear_deq, "conv-deq": conv_deq}
 """Every architecture by name."""
+PARAMETRIZATIONS: dict[str, type[Parametrization]] = {
+    "ibp-mondeq": IBPMonDEQ,
+    "lben": LBEN,
+    "row-gauge": RowGauge,
+    "cerdeq": CerDEQ,
+    "nemon": NEMON,
+    "spectral-norm": SpectralNorm,
+    "weight-norm": WeightNorm,
+    "mondeq": MonDEQ,
+}
+"""Every parametrization by name."""
 
 
 def architecture_named(name: str) -> Callable[..., nn.Sequential]:
@@ -61,6 +93,13 @@ def architecture_named(name: str) -> Callable[..., nn.Sequential]:
     if name not in ARCHITECTURES:
         raise UnknownName("architecture", name, ARCHITECTURES)
     return ARCHITECTURES[name]
+
+
+def parametrization_named(name: str) -> type[Parametrization]:
+    """The class, or `UnknownName` with the list."""
+    if name not in PARAMETRIZATIONS:
+        raise UnknownName("parametrization", name, PARAMETRIZATIONS)
+    return PARAMETRIZATIONS[name]
 
 
 def ibp_initialise(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The certified loss: interval bounds with gradients, the last linear layer elided (Wei & Kolter, section 4)."""
+"""The losses: by interval bounds with gradients, the last linear layer elided (Wei & Kolter, section 4), and clean."""
 
 from __future__ import annotations
 
@@ -89,6 +89,13 @@ def bounded_margins(graph: Graph, images: Tensor, box: Box, labels: Tensor) -> t
         clean = graph.values(images)
         features = propagate(graph, box, TrainingArithmetic(clean), until=last)
         return clean[last.name], margins(features, last.module.weight, last.module.bias, labels)
+
+
+def standard_loss(graph: Graph, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``CE(outputs)``, the mean over the batch, and for every sample whether it was classified wrongly."""
+    with parametrize.cached():
+        outputs = graph.values(images)[graph.nodes[-1].name]
+    return F.cross_entropy(outputs, labels), outputs.argmax(1) != labels
 
 
 def certified_loss(

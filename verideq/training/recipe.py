@@ -6,16 +6,22 @@ import inspect
 import json
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from verideq.errors import RecipeError
-from verideq.models.zoo import architecture_named
+import torch
+from torch import nn
+
+from verideq.errors import ParametrizationError, RecipeError
+from verideq.models.zoo import architecture_named, parametrization_named
+from verideq.parametrizations import Contraction
 from verideq.region import parse_eps, round_down
 from verideq.training.schedule import eps_at
+
+LOSSES = ("interval", "cross-entropy")
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,13 @@ class Recipe:
     Args:
         data: a data set by name or path.
         architecture: of `verideq.models.zoo`.
-        options: its sizes.
+        parametrization: of the equilibrium's ``W``; of `verideq.models.zoo`.
+        options: the sizes of the architecture, and what the parametrization takes.
+        loss: ``interval``, the certified one, or ``cross-entropy`` of the outputs, for which there is no radius.
         mean: normalisation by channel; empty for none.
         std: likewise.
         eps: the radius to train for, a number or a string like ``"8/255"``.
+        anneal_m: let `m` fall to its value while the radius grows (`verideq.parametrizations.annealed_m`).
         epochs: over the training split.
         natural_epochs: at radius 0, first.
         ramp_epochs: from radius 0 to `eps`, after them.
@@ -46,10 +55,13 @@ class Recipe:
 
     data: str = "digits"
     architecture: str = "linear-deq"
+    parametrization: str = "ibp-mondeq"
     options: Mapping[str, Any] = field(default_factory=dict)
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
+    loss: str = "interval"
     eps: str = "0.1"
+    anneal_m: bool = False
     epochs: int = 60
     natural_epochs: int = 1
     ramp_epochs: int = 20
@@ -65,13 +77,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        accepted = inspect.signature(architecture_named(self.architecture)).parameters.values()
-        sizes = {p.name: type(p.default) for p in accepted if p.kind is p.KEYWORD_ONLY}
-        for key, value in self.options.items():
-            if key not in sizes:
-                raise RecipeError(f"options.{key}: {self.architecture} has no such option; it has {', '.join(sizes)}")
-            if not _typed(f"options.{key}", value, sizes[key]) > 0:
-                raise RecipeError(f"options.{key}: expected a number above 0; got {value!r}")
+        self._check_options()
+        self._need("loss", self.loss in LOSSES, " or ".join(LOSSES))
         parse_eps(self.eps)
         at_least = {"epochs": 1, "natural_epochs": 0, "ramp_epochs": 0, "batch_size": 1, "max_steps": 1, "seed": 0}
         for key, least in at_least.items():
@@ -82,7 +89,28 @@ class Recipe:
         self._need("decay_factor", 0 < self.decay_factor <= 1, "a number in (0, 1]")
         self._need("clean_weight", 0 <= self.clean_weight <= 1, "a number in [0, 1]")
         self._need("decay_epochs", all(e >= 1 for e in self.decay_epochs), "epochs of 1 or more")
+        grows = self.loss == "interval" and self.radius > 0
+        self._need("anneal_m", grows or not self.anneal_m, "false, as no radius grows without interval loss and eps")
         self._need("std", len(self.std) == len(self.mean), "as many numbers as mean")
+
+    def _check_options(self) -> None:
+        known = self._defaults()
+        # The default parametrization goes without saying.
+        plain = self.parametrization == type(self).parametrization
+        owner = self.architecture if plain else f"{self.architecture} with {self.parametrization}"
+        for key, value in self.options.items():
+            if key not in known:
+                raise RecipeError(f"options.{key}: {owner} has no such option; it has {', '.join(known)}")
+            if not _typed(f"options.{key}", value, type(known[key])) > 0:
+                raise RecipeError(f"options.{key}: expected a number above 0; got {value!r}")
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.parametrize(nn.Linear(1, 1, bias=False))
+        except ParametrizationError as error:
+            raise RecipeError(f"options: {error}") from error
+        if not issubclass(parametrization_named(self.parametrization), Contraction):
+            wanted = f'"cross-entropy" with {self.parametrization}, which has no gauge for intervals to converge by'
+            self._need("loss", self.loss != "interval", wanted)
 
     def _need(self, key: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -105,10 +133,34 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
     def all_options(self) -> dict[str, Any]:
-        """The sizes of the architecture, defaults included."""
-        accepted = inspect.signature(architecture_named(self.architecture)).parameters.values()
-        defaults = {p.name: p.default for p in accepted if p.kind is p.KEYWORD_ONLY}
-        return defaults | dict(self.options)
+        """`options`, defaults included."""
+        return self._defaults() | dict(self.options)
+
+    def sizes(self) -> dict[str, Any]:
+        """Those of the options that the architecture takes, defaults included."""
+        accepted = _settings(architecture_named(self.architecture))
+        return {key: value for key, value in self.all_options().items() if key in accepted}
+
+    def parametrize(self, layer: nn.Module) -> nn.Module:
+        """The fusion with the recipe's parametrization and the options that it takes.
+
+        Raises:
+            ParametrizationError: an option out of range.
+        """
+        register = parametrization_named(self.parametrization).register
+        accepted = _settings(register)
+        return register(layer, **{key: value for key, value in self.all_options().items() if key in accepted})
+
+    def _defaults(self) -> dict[str, Any]:
+        return _settings(architecture_named(self.architecture)) | _settings(
+            parametrization_named(self.parametrization).register
+        )
+
+
+def _settings(function: Callable[..., nn.Module]) -> dict[str, int | float]:
+    """The arguments of a function that have a number for their default."""
+    accepted = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in accepted if isinstance(p.default, (int, float))}
 
 
 def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:

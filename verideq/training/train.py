@@ -1,4 +1,4 @@
-"""Certified training from a recipe: a checkpoint every epoch, the same file for the same seed."""
+"""Training from a recipe, certified or not: a checkpoint every epoch, the same file for the same seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from verideq.equilibrium import Auto, Equilibrium, Implicit
 from verideq.errors import ParametrizationError, RecipeError, ResumeError
 from verideq.graph import Normalize, save_model, trace
 from verideq.models.zoo import architecture_named, ibp_initialise
-from verideq.training.loss import certified_loss
+from verideq.parametrizations import annealed_m, set_m
+from verideq.training.loss import certified_loss, standard_loss
 from verideq.training.recipe import Recipe
 from verideq.training.schedule import eps_at
 
@@ -32,12 +33,15 @@ def build(recipe: Recipe, data: Dataset) -> nn.Sequential:
     """The recipe's model with freshly drawn weights: the seed decides them."""
     torch.manual_seed(recipe.seed)
     try:
-        model = architecture_named(recipe.architecture)(data.input_shape, data.classes, **recipe.options)
+        model = architecture_named(recipe.architecture)(
+            data.input_shape, data.classes, recipe.parametrize, **recipe.sizes()
+        )
     except (ParametrizationError, ValueError, RuntimeError) as error:
         raise RecipeError(
             f"{recipe.architecture} cannot be built for inputs of shape {data.input_shape}: {error}; see [options]"
         ) from error
-    ibp_initialise(model)
+    if recipe.loss == "interval":
+        ibp_initialise(model)
     for module in model.modules():
         if isinstance(module, Equilibrium):
             module.solver = Auto(recipe.tol, recipe.max_steps)
@@ -129,9 +133,10 @@ class Trainer:
         )
         order = order.to(self.device)
         self.model.train()
+        certified = recipe.loss == "interval"
         eps, losses, wrong, open_ = 0.0, [], [], []
         for step in range(self.steps):
-            eps = eps_at(
+            eps = certified * eps_at(
                 self.epoch * self.steps + step,
                 natural=recipe.natural_epochs * self.steps,
                 ramp=recipe.ramp_epochs * self.steps,
@@ -139,22 +144,27 @@ class Trainer:
             )
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             images, labels = self.images[batch], self.labels[batch]
-            loss, mistaken, uncertified = certified_loss(
-                self.graph, images, self._box(images, eps), labels, recipe.clean_weight
-            )
+            if recipe.anneal_m:
+                set_m(self.model, annealed_m(recipe.all_options()["m"], eps, recipe.radius))
+            if certified:
+                loss, mistaken, uncertified = certified_loss(
+                    self.graph, images, self._box(images, eps), labels, recipe.clean_weight
+                )
+                open_.append(uncertified)
+            else:
+                loss, mistaken = standard_loss(self.graph, images, labels)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
             self.optimizer.step()
             losses.append(loss.detach())
             wrong.append(mistaken)
-            open_.append(uncertified)
         return {
             "epoch": self.epoch + 1,
             "eps": eps,
             "loss": float(torch.stack(losses).mean()),
             "train_error": float(torch.cat(wrong).double().mean()),
-            "train_interval_error": float(torch.cat(open_).double().mean()),
+            "train_interval_error": float(torch.cat(open_).double().mean()) if certified else None,
             "seconds": round(time.monotonic() - started, 3),
         }
 
