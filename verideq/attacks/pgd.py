@@ -75,6 +75,39 @@ class PGD:
             best[active[better]], margins[active[better]] = point[better], margin[better]
         return best, margins
 
+    def follow(
+        self,
+        model: nn.Module,
+        region: Region,
+        C: Tensor,
+        rhs: Tensor,
+        points: Tensor,
+        wanted: Tensor,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> tuple[Tensor, Tensor]:
+        """Look for a point with a nonpositive margin from one start a row: where a bound would be attained.
+
+        Args:
+            points: (batch, rows, *features): from each, down its own row.
+            wanted: (batch, rows): which rows to try.
+
+        Returns:
+            as a call does; a sample without a wanted row keeps its centre and an infinite margin.
+        """
+        best = region.center.clone()
+        margins = torch.full((len(best),), torch.inf, dtype=best.dtype, device=best.device)
+        samples, rows = wanted.nonzero().unbind(1)
+        if not len(samples):
+            return best, margins
+        own = region[samples]
+        start = own.project(points[samples, rows])
+        found, margin = self._descend(model, own, start, C[samples], rhs[samples], rows, stop)
+        # Of the rows of a sample the lowest, the first of equals.
+        for k in margin.argsort(descending=True, stable=True).tolist():
+            best[samples[k]], margins[samples[k]] = found[k], margin[k]
+        return best, margins
+
     def _descend(
         self,
         model: nn.Module,
@@ -82,9 +115,10 @@ class PGD:
         x: Tensor,
         C: Tensor,
         rhs: Tensor,
-        margin_loss: bool,
+        loss_of: bool | Tensor,
         stop: Callable[[], bool],
     ) -> tuple[Tensor, Tensor]:
+        """Steps down a loss: the smallest margin, the cross-entropy (``False``), or the row that a tensor names."""
         best, best_margin = x.clone(), torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         steps = self.steps if region.eps else 0
         for step in range(steps + 1):
@@ -96,7 +130,9 @@ class PGD:
             best_margin = torch.minimum(margin, best_margin)
             if step == steps or stop():
                 break
-            if margin_loss:
+            if isinstance(loss_of, Tensor):
+                loss = rows.gather(1, loss_of[:, None]).sum()
+            elif loss_of:
                 loss = rows.amin(1).sum()
             else:
                 # Cross-entropy of the logits 0, -rows: log(1 + Σ exp(-rows)), to go up.

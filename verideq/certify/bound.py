@@ -17,6 +17,7 @@ from verideq.certify.certificate import Proof
 from verideq.certify.interval import Arithmetic, propagate
 from verideq.certify.method import TOLERANCE, Bounds, Method, Prepared, Query, boxes_of, prepare, states_of
 from verideq.certify.quadratic import quadratic
+from verideq.certify.quadratic_tree import quadratic_branching
 from verideq.equilibrium import Auto
 from verideq.errors import InputError, RegionError, UnknownName
 from verideq.region import Region
@@ -159,12 +160,17 @@ def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) 
     return outward(times(rows, center) + shift, moved + lost)
 
 
+def _branching(prepared: Prepared, query: Query) -> Bounds:
+    return quadratic_branching(prepared, query)
+
+
 METHODS: dict[str, Method] = {
     "interval": interval,
     "adjoint": adjoint,
     "adjoint-refined": adjoint_refined,
     "adjoint-ascent": adjoint_ascent,
     "quadratic": quadratic,
+    "branch-and-bound": _branching,
 }
 """Every bound method by name."""
 

@@ -198,14 +198,14 @@ def _decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module 
     right = _predict(prepared, task, draft)
     if right:
         part = task[torch.tensor(right)]
-        _prove(prepared, part, draft, right, budget, methods[0])
+        _prove(prepared, part, draft, right, budget, methods[0], original)
         # What an attack breaks needs no proof, and costs the bounds behind it the most time.
         if budget.attack != "none" and not draft.late():
             _attack(prepared, part, draft, right, budget, original)
         for method in methods[1:]:
             left = [i for i in right if draft.verdicts[i].status is Status.UNKNOWN]
             if left and not draft.late():
-                _prove(prepared, task[torch.tensor(left)], draft, left, budget, method)
+                _prove(prepared, task[torch.tensor(left)], draft, left, budget, method, original)
         if budget.radius:
             for i, found in zip(right, _radii(prepared, part, budget), strict=True):
                 # What was certified at eps by a slower method is certified there.
@@ -248,7 +248,15 @@ def _predict(prepared: Prepared, task: Task, draft: _Draft) -> list[int]:
     return right
 
 
-def _prove(prepared: Prepared, part: Task, draft: _Draft, right: list[int], budget: Budget, method: str) -> None:
+def _prove(
+    prepared: Prepared,
+    part: Task,
+    draft: _Draft,
+    right: list[int],
+    budget: Budget,
+    method: str,
+    original: nn.Module | None,
+) -> None:
     """Bound the samples `right`, which are the rows of `part`."""
     try:
         bounds = run_method(
@@ -289,6 +297,7 @@ def _prove(prepared: Prepared, part: Task, draft: _Draft, right: list[int], budg
     if budget.check and proposed:
         _check(prepared, part, draft, right, proposed, bounds, lower, budget.tolerance)
     draft.expire(right)
+    _follow(prepared, part, draft, right, budget, original, bounds)
 
 
 def _check(
@@ -356,13 +365,57 @@ def _attack(
     attack = attack_named(budget.attack)
     if attack is None:
         return
-    # An attack needs a direction, not the last digit.
-    target = prepared.graph.frozen(
+    points, margins = attack(
+        _target(prepared), part.region, part.C, part.rhs, indices=part.indices, seed=budget.seed, stop=draft.late
+    )
+    _judge(prepared, part, draft, right, original, points, margins)
+
+
+def _follow(
+    prepared: Prepared,
+    part: Task,
+    draft: _Draft,
+    right: list[int],
+    budget: Budget,
+    original: nn.Module | None,
+    bounds: Bounds,
+) -> None:
+    """Attack what a bound leaves open from where it would be attained."""
+    broken = [k for k in bounds.witnesses if draft.verdicts[right[k]].status in (Status.UNKNOWN, Status.TIMEOUT)]
+    if broken:
+        found = torch.stack([bounds.witnesses[k] for k in broken]).to(part.region.center)
+        margins = -torch.ones(len(found), dtype=found.dtype, device=found.device)
+        own = part[torch.tensor(broken)]
+        _judge(prepared, own, draft, [right[k] for k in broken], original, found, margins)
+    attack = attack_named(budget.attack)
+    left = [k for k, i in enumerate(right) if draft.verdicts[i].status is Status.UNKNOWN]
+    if attack is None or bounds.points is None or not left or draft.late():
+        return
+    rows = torch.tensor(left)
+    own, lower = part[rows], bounds.box.lower[rows]
+    points, margins = attack.follow(
+        _target(prepared), own.region, own.C, own.rhs, bounds.points[rows], lower <= own.rhs, stop=draft.late
+    )
+    _judge(prepared, own, draft, [right[k] for k in left], original, points, margins)
+
+
+def _target(prepared: Prepared) -> nn.Module:
+    """The model for an attack, which needs a direction and not the last digit."""
+    return prepared.graph.frozen(
         device=prepared.device, solver=Auto(tol=1e-6), gradient=Implicit(Auto(tol=1e-3)), throw=False
     )
-    points, margins = attack(
-        target, part.region, part.C, part.rhs, indices=part.indices, seed=budget.seed, stop=draft.late
-    )
+
+
+def _judge(
+    prepared: Prepared,
+    part: Task,
+    draft: _Draft,
+    right: list[int],
+    original: nn.Module | None,
+    points: Tensor,
+    margins: Tensor,
+) -> None:
+    """Prove what an attack has found, and hold it against what was certified."""
     found = (margins < 0) & part.region.contains(points)
     # A witness is proved like a bound, and has to break the user's own model, in its own dtype, as well.
     proved, deployed = torch.zeros_like(found), found

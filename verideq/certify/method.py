@@ -126,12 +126,15 @@ class Bounds:
         steps: (batch,) solver steps, zero without an equilibrium.
         proof: what a certificate of the sample with this place in the batch is made of.
         witnesses: by place in the batch, a point, (*features), at which a row was measured to be below its ``rhs``.
+        points: (batch, rows, *features) where the bound of a row would be attained: where an attack may start;
+            ``None`` if the method does not say.
     """
 
     box: Box
     steps: Tensor
     proof: Callable[[int], Proof] = lambda i: Proof()
     witnesses: Mapping[int, Tensor] = field(default_factory=dict)
+    points: Tensor | None = None
 
     def replaced(self, part: Tensor, other: Bounds) -> Bounds:
         """These with others for the samples `part`."""
@@ -144,7 +147,10 @@ class Bounds:
 
         kept = {i: point for i, point in self.witnesses.items() if i not in places}
         found = {int(part[own]): point for own, point in other.witnesses.items()}
-        return Bounds(Box(*sides), steps, proof, {**kept, **found})
+        points = self.points
+        if points is not None and other.points is not None:
+            points = points.index_copy(0, part, other.points)
+        return Bounds(Box(*sides), steps, proof, {**kept, **found}, points)
 
 
 def _sides(box: Box) -> tuple[Tensor, Tensor]:

@@ -387,7 +387,8 @@ def quadratic(prepared: Prepared, query: Query) -> Bounds:
     parts = [_part(prepared, query.select(part), form) for part in torch.split(torch.arange(len(query)), size)]
     lower, steps = torch.cat([part.box.lower for part in parts]), torch.cat([part.steps for part in parts])
     upper = torch.cat([part.box.upper for part in parts])
-    return Bounds(Box(lower, upper), steps, lambda i: parts[i // size].proof(i % size))
+    points = torch.cat([part.points for part in parts if part.points is not None])
+    return Bounds(Box(lower, upper), steps, lambda i: parts[i // size].proof(i % size), points=points)
 
 
 def _part(prepared: Prepared, query: Query, form: Form) -> Bounds:
@@ -413,7 +414,18 @@ def _part(prepared: Prepared, query: Query, form: Form) -> Bounds:
     lower = checked_rows(prepared, query, C, proofs)
     negative = -lower[:, count:] if query.upper else torch.full_like(lower, math.inf)
     taken = torch.zeros(len(query), dtype=torch.long)
-    return Bounds(Box(lower[:, :count], negative), taken, lambda i: proofs[i])
+    points = minimisers(problem, found, query, reach)
+    return Bounds(Box(lower[:, :count], negative), taken, lambda i: proofs[i], points=points)
+
+
+def minimisers(problem: Problem, point: Point, query: Query, reach: Tensor) -> Tensor:
+    """The inputs at which the dual is attained, (samples, rows, *features), moved into the region."""
+    x = evaluate(problem, point).x.nan_to_num().view(len(query), -1, *query.box.lower.shape[1:])
+    shape = (len(query), 1, *[1] * (query.box.lower.dim() - 1))
+    if problem.ball and query.region is not None:
+        return query.region.center.to(x)[:, None] + x * reach.view(shape)
+    center, radius = query.box.ball()
+    return center[:, None] + x.clamp(-1, 1) * radius[:, None]
 
 
 def pose(prepared: Prepared, query: Query, form: Form, C: Tensor) -> tuple[Problem, Tensor, dict[str, Tensor]]:
@@ -472,4 +484,4 @@ def checked_rows(prepared: Prepared, query: Query, C: Tensor, proofs: list[Proof
                 prepared.checker.hash, 0, region, place, proof, label=None, C=rows, rhs=np.zeros(len(rows)), margin=0.0
             )
         )
-    return torch.as_tensor(np.stack(prepared.checker.rows(payloads))).to(C)
+    return torch.as_tensor(np.stack([prepared.checker.rows(payload) for payload in payloads])).to(C)

@@ -121,22 +121,41 @@ class Checker:
             for place in range(len(payloads))
         ]
 
-    def rows(self, payloads: list[bytes]) -> list[Array]:
-        """A lower bound of every row of each record's specification, less `rhs`, whatever is claimed: (rows,).
+    def rows(self, payload: bytes) -> Array:
+        """A lower bound of every row of a record's specification, less `rhs`, whatever it claims: (rows,).
 
-        For records of one form that have one case; ``-inf`` where nothing is proved.
+        ``-inf`` where nothing is proved.
+
+        Raises:
+            Rejected: a record that cannot be read.
         """
-        claims = [read_claim(parse_blob(p), self.hash, self.pixels, self.arithmetic) for p in payloads]
-        cases = [next(claim.cases(self._rows(claim))) for claim in claims]
-        found: list[Array] = []
+        with guarded():
+            claim = read_claim(parse_blob(payload), self.hash, self.pixels, self.arithmetic)
+            cases = list(claim.cases(self._rows(claim)))
+        groups: dict[object, list[Case]] = {}
         for case in cases:
-            try:
-                with guarded():
-                    bounds = row_bounds(self.arithmetic, self.nodes, self.layer, [case])[0]
-            except Rejected:
-                bounds = np.full(self._rows(case.claim) or 1, -np.inf)
-            found.append(np.where(bounds != bounds, -np.inf, bounds))
-        return found
+            groups.setdefault(_form(case), []).append(case)
+        lower = np.full(self._rows(claim) or 0, np.inf)
+        for group in groups.values():
+            for start in range(0, len(group), SIZE):
+                part = group[start : start + SIZE]
+                for case, bounds in zip(part, self._bounded(part), strict=True):
+                    chosen = slice(None) if case.rows is None else list(case.rows)
+                    ends = np.where(bounds > 0, np.inf, -np.inf) if case.steps[-1].empty else bounds
+                    lower[chosen] = np.minimum(lower[chosen], np.where(ends == ends, ends, -np.inf))
+        return lower
+
+    def _bounded(self, cases: list[Case]) -> Array:
+        """`row_bounds`, and ``-inf`` for cases about which nothing can be said."""
+        try:
+            with guarded():
+                return row_bounds(self.arithmetic, self.nodes, self.layer, cases)
+        except Rejected:
+            if len(cases) == 1:
+                return np.full((1, 1), -np.inf)
+            parts = [self._bounded([case]) for case in cases]
+            width = max(part.shape[1] for part in parts)
+            return np.concatenate([np.broadcast_to(part, (1, width)) for part in parts])
 
     def _rows(self, claim: Claim) -> int | None:
         """How many rows a claim's specification has, where the model file says so."""

@@ -185,7 +185,7 @@ class _Proof:
         least = calc.add((ends, ends), shift)[0].min(1)
         plain = steps[0].slopes is None and not steps[0].multipliers
         claimed = [
-            0 < margin and Fraction(margin) >= case.claim.margin for case, margin in zip(self.cases, least, strict=True)
+            margin > 0 and Fraction(margin) >= case.claim.margin for case, margin in zip(self.cases, least, strict=True)
         ]
         if plain and all(claimed):
             return ends

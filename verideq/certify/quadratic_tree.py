@@ -1,0 +1,193 @@
+"""Branch and bound over the quadratic bound: the sign of one unit's ``p`` at a time, best first.
+
+Where ``p_i >= 0`` the multiplier ``λ_i`` may have any sign, because ``z_i = p_i``; where ``p_i <= 0`` the unit is zero
+and leaves the quadratic. Each half is bounded from the multipliers of its parent, halves of many rows at once. The unit
+that is split is the one whose complementarity the minimiser of the dual violates most: the largest ``min(z_i, z_i -
+p_i)``.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from verideq.box import Box
+from verideq.certify.certificate import Proof, Split, Tree
+from verideq.certify.method import Bounds, Prepared, Query, states_of
+from verideq.certify.quadratic import (
+    STEPS,
+    Form,
+    Point,
+    Problem,
+    ascend,
+    checked_rows,
+    evaluate,
+    form_of,
+    pose,
+    quadratic,
+    quadratic_steps,
+    start,
+)  # fmt: skip
+
+LEAF_STEPS = 60
+"""Of Adam, for a half that starts from its parent's multipliers."""
+NODES = 400
+"""Halves of one sample, where no time limit is given."""
+BATCH = 32
+"""Leaves of one sample that are split at a time."""
+ROOM = 1e-6
+"""By how much a leaf is closed, relative to its threshold: multipliers are rounded to float32 afterwards."""
+
+
+@dataclass
+class Leaf:
+    """A part of the ball and one row: its splits, the best multipliers and where the dual has its minimum."""
+
+    row: int
+    above: Tensor
+    below: Tensor
+    point: Point
+    value: float
+    z: Tensor
+    p: Tensor
+    children: tuple[int, Leaf, Leaf] | None = None
+
+    def worst(self) -> int:
+        """The unit that is farthest from being decided, or -1 if all are."""
+        score = torch.minimum(self.z.abs(), (self.z - self.p).abs())
+        score = torch.where(self.above | self.below, -1.0, score)
+        unit = int(score.argmax())
+        return unit if float(score[unit]) >= 0 else -1
+
+
+@dataclass
+class Search:
+    """The trees of one sample.
+
+    Args:
+        problem: its rows, thresholds taken off.
+        until: `time.monotonic` at which to give up.
+        nodes: how many halves may be bounded.
+    """
+
+    problem: Problem
+    until: float
+    nodes: int
+    open: list[tuple[float, int, Leaf]] = field(default_factory=list)
+    count: Iterator[int] = field(default_factory=itertools.count)
+
+    def run(self, roots: list[Leaf]) -> bool:
+        """Whether every row is proved."""
+        for leaf in roots:
+            self._add(leaf)
+        while self.open:
+            if time.monotonic() > self.until or self.nodes <= 0:
+                return False
+            taken = [heapq.heappop(self.open)[2] for _ in range(min(BATCH, len(self.open)))]
+            units = [leaf.worst() for leaf in taken]
+            if min(units) < 0:
+                return False
+            halves = self._bounded(taken, units)
+            for k, (leaf, unit) in enumerate(zip(taken, units, strict=True)):
+                below, above = halves[2 * k], halves[2 * k + 1]
+                leaf.children = unit, below, above
+                self._add(below)
+                self._add(above)
+        return True
+
+    def _add(self, leaf: Leaf) -> None:
+        if not leaf.value > 0:
+            heapq.heappush(self.open, (leaf.value, next(self.count), leaf))
+
+    def _bounded(self, taken: list[Leaf], units: list[int]) -> list[Leaf]:
+        """Both halves of leaves: the one with ``p <= 0`` first."""
+        self.nodes -= 2 * len(taken)
+        rows = torch.tensor([leaf.row for leaf in taken for _ in range(2)])
+        above, below = (
+            torch.stack([getattr(leaf, side) for leaf in taken for _ in range(2)]) for side in ("above", "below")
+        )
+        for k, unit in enumerate(units):
+            below[2 * k, unit] = True
+            above[2 * k + 1, unit] = True
+        problem = replace(self.problem.select(rows), above=above, below=below)
+        joined = Point(
+            *(torch.cat(ts) for ts in zip(*(leaf.point.tensors() for leaf in taken for _ in range(2)), strict=True))
+        )
+        return leaves(problem, *ascend(problem, joined, LEAF_STEPS, 0.0, self.until), rows.tolist())
+
+
+def leaves(problem: Problem, values: Tensor, points: Point, rows: list[int]) -> list[Leaf]:
+    """Rows that were bounded, one by one."""
+    seen = evaluate(problem, points)
+    return [
+        Leaf(
+            row, problem.above[k], problem.below[k], points.select(torch.tensor([k])), value,
+            seen.z[k].nan_to_num(), seen.p[k].nan_to_num(),
+        )
+        for k, (row, value) in enumerate(zip(rows, values.tolist(), strict=True))
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def quadratic_branching(prepared: Prepared, query: Query) -> Bounds:
+    """The quadratic bound, and branch and bound for the samples that it leaves open.
+
+    Without thresholds (`Query.rhs`) there is nothing to close, and it is the quadratic bound.
+    """
+    found = quadratic(prepared, query)
+    if query.rhs is None or query.upper or query.C is None:
+        return found
+    form, left = form_of(prepared, query.box.lower), (~query.closed(found.box.lower)).nonzero().flatten()
+    for place, i in enumerate(left):
+        own = query.select(i[None])
+        until = math.inf
+        if query.deadline < math.inf:  # an equal share of what is left for each sample that is left
+            now = time.monotonic()
+            until = now + max(0.0, query.deadline - now) / (len(left) - place)
+        proved = _one(prepared, own, form, until)
+        if proved is not None:
+            found = found.replaced(i[None], proved)
+    return found
+
+
+def _one(prepared: Prepared, query: Query, form: Form, until: float) -> Bounds | None:
+    """The proof of one sample, if it is found in time."""
+    if query.C is None or query.rhs is None:
+        return None
+    problem, reach, state = pose(prepared, query, form, query.C)
+    room = ROOM * (1 + query.rhs.abs())
+    problem = replace(problem, shift=problem.shift - (query.rhs + room).flatten())
+    values, points = ascend(problem, start(problem), STEPS, 0.0, until)
+    roots = leaves(problem, values, points, list(range(len(values))))
+    search = Search(problem, until, NODES if until == math.inf else 10**9)
+    if not search.run(roots):
+        return None
+    ends: list[Leaf] = []
+    trees = tuple(((root.row,), _tree(root, form.name, ends)) for root in roots)
+    rows = torch.tensor([leaf.row for leaf in ends])
+    whole = replace(
+        problem.select(rows), above=torch.stack([leaf.above for leaf in ends]),
+        below=torch.stack([leaf.below for leaf in ends]),
+    )  # fmt: skip
+    joined = Point(*(torch.cat(ts) for ts in zip(*(leaf.point.tensors() for leaf in ends), strict=True)))
+    steps = quadratic_steps(whole, joined, reach, 1)
+    proof = Proof(states=states_of(state, 0), cases=tuple((step,) for step in steps), trees=trees)
+    lower = checked_rows(prepared, query, query.C, [proof])
+    return Bounds(Box(lower, torch.full_like(lower, math.inf)), torch.zeros(1, dtype=torch.long), lambda i: proof)
+
+
+def _tree(leaf: Leaf, node: str, ends: list[Leaf]) -> Tree:
+    """The tree below a leaf; its ends are numbered as they come."""
+    if leaf.children is None:
+        ends.append(leaf)
+        return len(ends) - 1
+    unit, below, above = leaf.children
+    return Split(node, unit, Fraction(0), _tree(below, node, ends), _tree(above, node, ends))
