@@ -891,7 +891,7 @@ def shrunk_reach() -> bool:
     zero, one = np.zeros((2, 2)), np.ones((1, 2))
     layer = layers.Layer("n", layers.Dense(zero, zero), (one, one), one, one)
     v = np.array([[1.0, 100.0]])
-    (_, hi), _ = layers.enclosed(Float(), layer, (v, v), None, 0)
+    (_, hi), _, _ = layers.enclosed(Float(), layer, (v, v), None, 0)
     return bool(hi[0, 1] < 100)
 
 

@@ -75,6 +75,10 @@ class Box:
         """Whether each sample lies in its box: bool, shape (batch,). NaN lies nowhere."""
         return ((x >= self.lower) & (x <= self.upper)).flatten(1).all(1)
 
+    def select(self, part: Tensor) -> Box:
+        """Some of the boxes, by their places in the batch."""
+        return Box(self.lower[part], self.upper[part])
+
     def sound(self) -> Tensor:
         """Whether each box is ordered and free of NaN: bool, shape (batch,)."""
         return (self.lower <= self.upper).flatten(1).all(1)

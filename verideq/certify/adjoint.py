@@ -8,8 +8,8 @@ the best of three choices of lower slopes and of the interval bound. Theorem and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Stage:
         arithmetic: that enclosed them.
         best: of every row so far.
         before: the tightenings of every sample.
+        witnesses: see `Bounds`.
     """
 
     prepared: Prepared
@@ -52,6 +53,7 @@ class Stage:
     arithmetic: Arithmetic
     best: Best
     before: list[list[Step]]
+    witnesses: Mapping[int, Tensor] = field(default_factory=dict)
 
     def bounds(self) -> Bounds:
         """As a method hands it back."""
@@ -59,7 +61,7 @@ class Stage:
         upper = -lower[:, count:] if self.query.upper else torch.full_like(lower, torch.inf)
         steps = self.arithmetic.steps
         steps = torch.zeros(len(self.query), dtype=torch.long) if steps is None else steps
-        return Bounds(Box(lower[:, :count], upper), steps, lambda i: self.proof(i, count))
+        return Bounds(Box(lower[:, :count], upper), steps, lambda i: self.proof(i, count), self.witnesses)
 
     def proof(self, i: int, count: int) -> Proof:
         """Why the first `count` rows of a sample hold."""

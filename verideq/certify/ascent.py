@@ -22,20 +22,22 @@ from torch import Tensor
 
 from verideq.box import TINY
 from verideq.certify.adjoint import ELEMENTS, Stage, refined, rows_of, rules
-from verideq.certify.backward import Scene, given, most
+from verideq.certify.backward import Rule, Scene, given, most
 from verideq.certify.method import Bounds, Prepared, Query
+from verideq.equilibrium import Auto
+from verideq.graph import INPUT
 
 Multipliers = dict[str, Tensor]
 """By node, (rows, 1, *state): every row is a sample of its own."""
 
-FIRST, SECOND = 0.9, 0.999
+FIRST, SECOND = 0.9, 0.98
 """Adam's averages of the gradient and of its square."""
 FLOOR = 1e-2
 """What is added to the root of the latter, of its largest entry: directions that hardly matter hardly move."""
 LOOK = 5
 """Steps between two looks at which rows are closed."""
 SPARE = 2.0**-20
-"""By how much a row is closed in plain arithmetic, of the size of the outputs; more than rounding costs."""
+"""What is not told from rounding, of the size of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class Climb:
 
     Args:
         steps: at most.
-        rate: of the first step, in units of a row's largest multiplier; it falls linearly to 0.
-        smooth: see `Scene.smooth`, at the first step; it falls quadratically to 0.
+        rate: of the first step, in units of a row's largest multiplier; it falls quadratically to 0.
+        smooth: see `Scene.smooth`, at the first step; it falls quadratically, to a hundredth.
     """
 
     steps: int = 80
-    rate: float = 0.03
+    rate: float = 0.06
     smooth: float = 0.05
 
 
@@ -60,16 +62,30 @@ def adjoint_ascent(prepared: Prepared, query: Query) -> Bounds:
 
 
 def ascended(stage: Stage, climb: Climb = Climb()) -> Stage:
-    """The same with better multipliers for the rows that are open."""
-    query, best, C = stage.query, stage.best, rows_of(stage.query, stage.scene)
+    """The same with better multipliers for the rows that are open.
+
+    Not for those that their worst point attains, and of no sample of which a point breaks a row.
+    """
+    query, best, C, witnesses = stage.query, stage.best, rows_of(stage.query, stage.scene), dict(stage.witnesses)
     samples, rows = opened(query, best.lower).nonzero().unbind(1)
     size = sum(known.z.lower[0].numel() for known in stage.scene.relaxed.values())
     fitting = max(1, ELEMENTS // (8 * size + 1))
+    trial = Trial(stage.prepared)
     for i, k in zip(torch.split(samples, fitting), torch.split(rows, fitting), strict=True):
         if not len(i) or time.monotonic() > query.deadline:
             break
         scene = stage.scene.select(i)
-        goal = torch.full_like(best.lower[i, k], torch.inf) if query.upper or query.rhs is None else query.rhs[i, k]
+        points, values = trial.worst(scene, C[i, k])
+        goal = torch.full_like(values, torch.inf)
+        if query.rhs is not None and not query.upper:
+            goal = query.rhs[i, k]
+            for place in (values < goal).nonzero().flatten().tolist():
+                witnesses.setdefault(int(i[place]), points[place])
+        broken = torch.tensor([int(sample) in witnesses for sample in i], device=i.device)
+        left = (~broken & ~(values <= best.lower[i, k] + spare(scene, C[i, k]))).nonzero().flatten()
+        i, k, scene, goal = i[left], k[left], scene.select(left), goal[left]
+        if not len(i):
+            continue
         start = {name: g[i, k][:, None] for name, g in best.multipliers.items()}
         found = climbed(scene, C[i, k], start, goal, climb, query.deadline)
         lower, found = proved(scene, C[i, k], found)
@@ -77,13 +93,39 @@ def ascended(stage: Stage, climb: Climb = Climb()) -> Stage:
         for name, g in found.items():
             whole[name][i, k] = g[:, 0]
         best = best.or_better(torch.full_like(best.lower, -torch.inf).index_put((i, k), lower), whole)
-    return replace(stage, best=best)
+    return replace(stage, best=best, witnesses=witnesses)
 
 
 def opened(query: Query, lower: Tensor) -> Tensor:
     """(samples, rows) the rows that need a better bound."""
     wanted = ~query.closed(lower)[:, None].expand_as(lower)
     return wanted if query.upper or query.rhs is None else wanted & ~(lower > query.rhs)
+
+
+def spare(scene: Scene, C: Tensor) -> Tensor:
+    """(rows,) a difference that only rounding makes, of rows each of which is a sample of its own."""
+    outputs = scene.values[scene.output]
+    return SPARE * (C.abs() * torch.maximum(outputs.lower.abs(), outputs.upper.abs())).sum(1)
+
+
+class Trial:
+    """A model to try points on: what it says is measured, not proved."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.graph = prepared.graph.frozen(device=prepared.device, solver=Auto(tol=1e-9), throw=False)
+
+    def worst(self, scene: Scene, C: Tensor, multipliers: Mapping[str, Rule] | None = None) -> tuple[Tensor, Tensor]:
+        """Where a row, each a sample of its own, seems least, (rows, *features), and what it is there, (rows,).
+
+        Args:
+            multipliers: that show where; ``None``: those of CROWN.
+        """
+        scene = replace(scene, rigorous=False)
+        shown = rules(scene, "adaptive") if multipliers is None else multipliers
+        _, on_input, _ = scene.back({scene.output: scene.start(C)}, shown)
+        points = scene.values[INPUT].center if on_input is None else scene.worst(on_input)
+        points = points if scene.region is None else scene.region.project(points)
+        return points, (C * self.graph(points)).sum(1)
 
 
 def proved(scene: Scene, C: Tensor, multipliers: Multipliers) -> tuple[Tensor, Multipliers]:
@@ -107,20 +149,19 @@ def climbed(
         deadline: `time.monotonic` at which to stop.
     """
     scene, found, top = replace(scene, rigorous=False), dict(start), torch.full_like(goal, -torch.inf)
-    outputs = scene.values[scene.output]
-    goal = goal + SPARE * (C.abs() * torch.maximum(outputs.lower.abs(), outputs.upper.abs())).sum(1)
+    goal = goal + spare(scene, C)
     # Steps need a length also where the best bound so far has no multipliers.
     _, usual = scene.least({scene.output: scene.start(C)}, rules(scene, "adaptive"))
     walks = {name: _Walk.begin(scene, name, start[name], usual[name]) for name in usual}
     alive = torch.arange(len(C), device=C.device)
     for step in range(climb.steps if walks else 0):
         left = 1 - step / climb.steps
-        low, slopes = _slopes(replace(scene, smooth=climb.smooth * left**2), C, walks)
+        low, slopes = _slopes(replace(scene, smooth=climb.smooth * max(left**2, 0.01)), C, walks)
         better = low > top[alive]
         top[alive] = torch.where(better, low, top[alive])
         for name, walk in walks.items():
             found[name] = found[name].index_put((alive[better],), walk.g[better])
-        walks = {name: walk.on(slopes[name], step, climb.rate * left) for name, walk in walks.items()}
+        walks = {name: walk.on(slopes[name], step, climb.rate * left**2) for name, walk in walks.items()}
         if step % LOOK == LOOK - 1:
             open_ = (~(low > goal)).nonzero().flatten()
             if time.monotonic() > deadline or not len(open_):
@@ -148,7 +189,8 @@ class _Walk(NamedTuple):
         mean: of the gradients.
         square: of their squares.
         scale: of each row's multipliers.
-        noise: gradients of this size are rounding.
+        grid: gradients are rounded to multiples of it. Without that the last bits of a product, which differ with the
+            size of the batch, would grow from step to step.
         off: which are not below 0.
     """
 
@@ -156,7 +198,7 @@ class _Walk(NamedTuple):
     mean: Tensor
     square: Tensor
     scale: Tensor
-    noise: Tensor
+    grid: Tensor
     off: Tensor
 
     @staticmethod
@@ -169,16 +211,17 @@ class _Walk(NamedTuple):
             torch.zeros_like(g),
             torch.zeros_like(g),
             torch.maximum(most(g), most(usual)).view(shape),
-            (largest * 2.0**-30 + TINY).view(shape),
+            torch.exp2(torch.frexp(largest + TINY).exponent.to(g) - 20).view(shape),
             (known.pre.upper <= 0)[:, None],
         )
 
     def on(self, slope: Tensor, step: int, rate: float) -> _Walk:
         """One step upwards."""
+        slope = (slope / self.grid).round() * self.grid
         mean = FIRST * self.mean + (1 - FIRST) * slope
         square = SECOND * self.square + (1 - SECOND) * slope * slope
         size = (square / (1 - SECOND ** (step + 1))).sqrt()
-        size = size + FLOOR * most(size).view(self.scale.shape) + self.noise
+        size = size + FLOOR * most(size).view(self.scale.shape) + self.grid
         g = self.g.detach() + rate * self.scale * (mean / (1 - FIRST ** (step + 1)) / size)
         g = torch.where(self.off, g.clamp(min=0), g)
         return self._replace(g=torch.where(g.isfinite(), g, 0.0), mean=mean, square=square)

@@ -203,7 +203,7 @@ class Scene:
         if self.region is None or self.region.norm == "linf":
             x = torch.where(q > 0, box.lower.flatten(1)[:, None], box.upper.flatten(1)[:, None])
         else:
-            x = _nearest(q, self.region, box)[1]
+            x = _nearest(q, self.region, box).x
         return x.view_as(rows.center)
 
     def start(self, center: Tensor) -> Rows:
@@ -349,10 +349,26 @@ def given(g: Tensor) -> Rule:
     return lambda known, q: g
 
 
-def _nearest(
-    q: Tensor, c: Tensor, w: Tensor, moves: Tensor, lower: Tensor, upper: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """A good ``s`` for every row, and the minimiser that belongs to it; any would do."""
+class _Ball(NamedTuple):
+    """Region and box in the shape of rows, (samples, 1 or rows, features), with a good ``s`` and its minimiser."""
+
+    center: Tensor
+    weights: Tensor
+    moves: Tensor
+    lower: Tensor
+    upper: Tensor
+    eps: float
+    s: Tensor
+    x: Tensor
+
+
+@torch.no_grad()
+def _nearest(q: Tensor, region: Region, box: Box) -> _Ball:
+    """Where ``q · x`` is about least over an l2 ball cut to its box; q: (samples, rows, features)."""
+    c, lower, upper = (side.to(q).flatten(1)[:, None] for side in (region.center, box.lower, box.upper))
+    w = torch.ones_like(c[:1]) if region.weights is None else region.weights.to(q).flatten()[None, None]
+    moves, eps = w > 0, round_up(region.eps)
+    w = torch.where(moves, w, 1.0)
     span = torch.where(moves, (q * w) ** 2, 0.0).sum(2, keepdim=True).sqrt()
     largest = torch.where(span > 0, span / (2 * max(eps, TINY)), 1.0)
 
@@ -366,7 +382,7 @@ def _nearest(
         inside = (away * away).sum(2, keepdim=True) <= eps * eps
         few, many = torch.where(inside, few, middle), torch.where(inside, middle, many)
     s = largest * 2**many
-    return s, minimiser(s)
+    return _Ball(c, w, moves, lower, upper, eps, s, minimiser(s))
 
 
 def ball(rows: Rows, region: Region, box: Box) -> Tensor:
@@ -375,14 +391,8 @@ def ball(rows: Rows, region: Region, box: Box) -> Tensor:
     For every ``s >= 0`` it is at least the minimum over the box of the convex ``q·x + s (‖(x - c) / w‖² - eps²)``, and
     that at least its tangent's at any point.
     """
-    samples = len(region)
-    q = rows.center.reshape(samples, -1, rows.center[0].numel())
-    c, lower, upper = (side.to(q).flatten(1)[:, None] for side in (region.center, box.lower, box.upper))
-    w = torch.ones_like(c[:1]) if region.weights is None else region.weights.to(q).flatten()[None, None]
-    moves, eps = w > 0, round_up(region.eps)
-    w = torch.where(moves, w, 1.0)
-    with torch.no_grad():
-        s, x = _nearest(q, c, w, moves, lower, upper, eps)
+    q = rows.center.reshape(len(region), -1, rows.center[0].numel())
+    c, w, moves, lower, upper, eps, s, x = _nearest(q, region, box)
     t = torch.where(moves, (x - c) / w, 0.0)
     bent = 2 * s * t / w
     slope, low, high = q + bent, lower - x, upper - x

@@ -121,9 +121,9 @@ class Layer:
         """The pre-activations ``(Σ_{j≠i} W_ij z_j + v_i) / (1 - W_ii)`` over boxes."""
         return calc.divide(calc.add(self.fusion.push(calc, box), v), self.divisor)
 
-    def image(self, calc: Arithmetic, box: Interval, v: Interval) -> Interval:
-        """The interval extension of the layer."""
-        rows = self.rows(calc, box, v)
+    @staticmethod
+    def image(calc: Arithmetic, rows: Interval) -> Interval:
+        """The interval extension of the layer, from its pre-activations."""
         return np.maximum(rows[0], calc.zero), np.maximum(rows[1], calc.zero)
 
 
@@ -277,14 +277,19 @@ def least_eigenvalue(calc: Arithmetic, Q: Interval, L: Array | None = None, near
 
 def enclosed(
     calc: Arithmetic, layer: Layer, v: Interval, suggested: Interval | None, refinements: int
-) -> tuple[Interval, Array]:
-    """A box that holds every equilibrium (suggested, or from the gauge alone), and for which samples it does."""
+) -> tuple[Interval, Interval, Array]:
+    """A box that holds every equilibrium (suggested, or from the gauge alone), and for which samples it does.
+
+    Returns:
+        the box; the pre-activations over it; (batch,) whether the box holds.
+    """
     if suggested is not None:
         lo, hi = suggested
         require(lo.shape == v[0].shape, f"{layer.name}: the box has shape {lo.shape[1:]}, the state {v[0].shape[1:]}")
-        image = layer.image(calc, suggested, v)
+        rows = layer.rows(calc, suggested, v)
+        image = layer.image(calc, rows)
         inside = (lo <= hi) & (lo <= image[0]) & (image[1] <= hi)
-        return suggested, inside.reshape(len(lo), -1).all(1)
+        return suggested, rows, inside.reshape(len(lo), -1).all(1)
     if layer.u is None or layer.room is None:
         raise Rejected(f"{layer.name}: a box needs a gauge")
     # [0, t u] maps into itself for t s >= max(v, 0), and so does all that is cut from it by its own image.
@@ -294,9 +299,9 @@ def enclosed(
     hi = calc.multiply((t, t), (layer.u, layer.u))[1]
     lo = constant(calc, calc.zero, *hi.shape)[0]
     for _ in range(refinements):
-        image = layer.image(calc, (lo, hi), v)
+        image = layer.image(calc, layer.rows(calc, (lo, hi), v))
         lo, hi = np.maximum(lo, image[0]), np.minimum(hi, image[1])
-    return (lo, hi), (lo <= hi).reshape(len(lo), -1).all(1)
+    return (lo, hi), layer.rows(calc, (lo, hi), v), (lo <= hi).reshape(len(lo), -1).all(1)
 
 
 def near(calc: Arithmetic, layer: Layer, v: Interval, state: Array) -> Interval:

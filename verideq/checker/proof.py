@@ -104,8 +104,8 @@ class _Proof:
             pre, z, divisor = v, (np.maximum(v[0], calc.zero), np.maximum(v[1], calc.zero)), (one, one)
         else:
             layer = self.proved[node.name] = self.layers(node, v[0].shape[1:])
-            z = self._box(node, layer, v)
-            pre, divisor = layer.rows(calc, z, v), layer.divisor
+            z, pre = self._box(node, layer, v)
+            divisor = layer.divisor
             if claim.tolerance:
                 if layer.u is None:
                     raise Rejected(f"{node.name}: a tolerance of the deployed solver needs a gauge")
@@ -119,20 +119,22 @@ class _Proof:
         self.holds = self.holds & self._ordered(relaxation.pre) & self._ordered(relaxation.z)
         return relaxation.computed(calc)
 
-    def _box(self, node: Node, layer: Layer, v: Interval) -> Interval:
+    def _box(self, node: Node, layer: Layer, v: Interval) -> tuple[Interval, Interval]:
+        """A box of the equilibria, and the pre-activations over it."""
         calc, claims = self.calc, [case.claim for case in self.cases]
         if layer.m is not None and node.name not in claims[0].boxes:
             state = constant(calc, calc.zero, *v[0].shape)[0]
             if node.name in claims[0].states:
                 state = np.stack([claim.states[node.name] for claim in claims])
-            return near(calc, layer, v, state)
+            box = near(calc, layer, v, state)
+            return box, layer.rows(calc, box, v)
         suggested = None
         if node.name in claims[0].boxes:
             boxes = [claim.boxes[node.name] for claim in claims]
             suggested = np.stack([lo for lo, _ in boxes]), np.stack([hi for _, hi in boxes])
-        box, holds = enclosed(calc, layer, v, suggested, claims[0].refinements)
+        box, rows, holds = enclosed(calc, layer, v, suggested, claims[0].refinements)
         self.holds = self.holds & holds
-        return box
+        return box, rows
 
     def _tightened(self, node: Node, known: Relaxation, place: int) -> Relaxation:
         """Better pre-activations by the dual of their own rows."""
@@ -191,7 +193,7 @@ class _Proof:
             return ends
         bounds = self.scene.least({last.name: q}, steps, rows)
         # Coefficients on early values may overflow where the values do not.
-        return np.where(bounds > ends, bounds, ends)
+        return np.fmax(bounds, ends)
 
     def _elided(self, q: Interval, rows: int) -> Array:
         """Rows on the output as rows on what the last operation reads, and there over its box: (cases, rows)."""

@@ -47,7 +47,14 @@ class BoundMethodSuite:
     """What every bound method has to do. A subclass sets `method`, and lowers `examples` if it is slow."""
 
     method: str
-    examples: int = 40
+    examples: int = 50
+
+    def __init_subclass__(cls) -> None:
+        # A test of hypothesis has its settings once and for all: with others it is another test.
+        for name, test in list(vars(BoundMethodSuite).items()):
+            if cls.examples != BoundMethodSuite.examples and hasattr(test, "hypothesis"):
+                own = given(cases())(test.hypothesis.inner_test)
+                setattr(cls, name, settings(_SUITE, max_examples=cls.examples)(own))
 
     def bound(self, case: Case, steps: int = 1000, C: Tensor | None = None) -> Box:
         """The bounds of a case by this method."""
