@@ -840,7 +840,7 @@ TWINS: dict[str, Broken] = {
         "calc.subtract((middle, middle), x)[1]", one_sided),
     "sums rounded to nearest": (Float, "add", "self.up(a[1] + b[1])", "a[1] + b[1]",
         sum_leaks),
-    "down that is not": (Float, "down", "np.nextafter(x, -np.inf) - TINY", "x",
+    "down that is not": (Float, "down", "x - (np.abs(x) * 2.0**-51 + TINY)", "x",
         sum_leaks),
     "two corners of a product": (Float, "multiply", "for x in a for y in b", "for x, y in zip(a, b)", product_leaks),
     "U+ for U-": (Exact, "affine", "np.minimum(matrix, self.zero)", "np.maximum(matrix, self.zero)",

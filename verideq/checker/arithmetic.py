@@ -70,13 +70,13 @@ class Float:
 
     @staticmethod
     def down(x: Array) -> Array:
-        """A number below the exact result that rounded to `x`."""
-        return np.nextafter(x, -np.inf) - TINY
+        """A number below the exact result that rounded to `x`: four units in its last place, and what flushing loses."""
+        return x - (np.abs(x) * 2.0**-51 + TINY)
 
     @staticmethod
     def up(x: Array) -> Array:
         """A number above it."""
-        return np.nextafter(x, np.inf) + TINY
+        return x + (np.abs(x) * 2.0**-51 + TINY)
 
     def add(self, a: Interval, b: Interval) -> Interval:
         """``a + b``."""
