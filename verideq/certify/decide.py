@@ -386,6 +386,7 @@ def _follow(
         found = torch.stack([bounds.witnesses[k] for k in broken]).to(part.region.center)
         margins = -torch.ones(len(found), dtype=found.dtype, device=found.device)
         own = part[torch.tensor(broken)]
+        found = own.region.project(found)
         _judge(prepared, own, draft, [right[k] for k in broken], original, found, margins)
     attack = attack_named(budget.attack)
     left = [k for k, i in enumerate(right) if draft.verdicts[i].status is Status.UNKNOWN]

@@ -419,13 +419,21 @@ def _part(prepared: Prepared, query: Query, form: Form) -> Bounds:
 
 
 def minimisers(problem: Problem, point: Point, query: Query, reach: Tensor) -> Tensor:
-    """The inputs at which the dual is attained, (samples, rows, *features), moved into the region."""
-    x = evaluate(problem, point).x.nan_to_num().view(len(query), -1, *query.box.lower.shape[1:])
-    shape = (len(query), 1, *[1] * (query.box.lower.dim() - 1))
+    """The inputs at which the dual is attained, (samples, rows, *features)."""
+    x = evaluate(problem, point).x.nan_to_num()
+    return inputs(problem, x, query, reach).view(len(query), -1, *query.box.lower.shape[1:])
+
+
+def inputs(problem: Problem, x: Tensor, query: Query, reach: Tensor) -> Tensor:
+    """Points, (rows, inputs) in units of their reach, as inputs in the region or nearly so: (rows, *features)."""
+    repeats = len(x) // len(query)
+    lower, upper = (side.flatten(1).repeat_interleave(repeats, 0) for side in (query.box.lower, query.box.upper))
+    center, reach = (lower + upper) / 2, reach.repeat_interleave(repeats, 0)
     if problem.ball and query.region is not None:
-        return query.region.center.to(x)[:, None] + x * reach.view(shape)
-    center, radius = query.box.ball()
-    return center[:, None] + x.clamp(-1, 1) * radius[:, None]
+        center = query.region.center.to(x).flatten(1).repeat_interleave(repeats, 0)
+        x = x / x.norm(dim=1, keepdim=True).clamp(min=1)
+    points = torch.minimum(torch.maximum(center + x * reach, lower), upper)
+    return points.view(-1, *query.box.lower.shape[1:])
 
 
 def pose(prepared: Prepared, query: Query, form: Form, C: Tensor) -> tuple[Problem, Tensor, dict[str, Tensor]]:

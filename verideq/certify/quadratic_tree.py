@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -31,6 +31,7 @@ from verideq.certify.quadratic import (
     checked_rows,
     evaluate,
     form_of,
+    inputs,
     pose,
     quadratic,
     quadratic_steps,
@@ -58,6 +59,7 @@ class Leaf:
     value: float
     z: Tensor
     p: Tensor
+    x: Tensor
     children: tuple[int, Leaf, Leaf] | None = None
 
     def worst(self) -> int:
@@ -76,11 +78,16 @@ class Search:
         problem: its rows, thresholds taken off.
         until: `time.monotonic` at which to give up.
         nodes: how many halves may be bounded.
+        look: inputs (leaves, inputs) in units of their reach, and rows, to a point that breaks one, if any does.
+
+    Afterwards `witness` is such a point, if one was met.
     """
 
     problem: Problem
     until: float
     nodes: int
+    look: Callable[[Tensor, Tensor], Tensor | None]
+    witness: Tensor | None = None
     open: list[tuple[float, int, Leaf]] = field(default_factory=list)
     count: Iterator[int] = field(default_factory=itertools.count)
 
@@ -92,8 +99,10 @@ class Search:
             if time.monotonic() > self.until or self.nodes <= 0:
                 return False
             taken = [heapq.heappop(self.open)[2] for _ in range(min(BATCH, len(self.open)))]
+            rows = torch.tensor([leaf.row for leaf in taken])
+            self.witness = self.look(torch.stack([leaf.x for leaf in taken]), rows)
             units = [leaf.worst() for leaf in taken]
-            if min(units) < 0:
+            if self.witness is not None or min(units) < 0:
                 return False
             halves = self._bounded(taken, units)
             for k, (leaf, unit) in enumerate(zip(taken, units, strict=True)):
@@ -130,7 +139,7 @@ def leaves(problem: Problem, values: Tensor, points: Point, rows: list[int]) -> 
     return [
         Leaf(
             row, problem.above[k], problem.below[k], points.select(torch.tensor([k])), value,
-            seen.z[k].nan_to_num(), seen.p[k].nan_to_num(),
+            seen.z[k].nan_to_num(), seen.p[k].nan_to_num(), seen.x[k].nan_to_num(),
         )
         for k, (row, value) in enumerate(zip(rows, values.tolist(), strict=True))
     ]  # fmt: skip
@@ -152,24 +161,33 @@ def quadratic_branching(prepared: Prepared, query: Query) -> Bounds:
         if query.deadline < math.inf:  # an equal share of what is left for each sample that is left
             now = time.monotonic()
             until = now + max(0.0, query.deadline - now) / (len(left) - place)
-        proved = _one(prepared, own, form, until)
-        if proved is not None:
-            found = found.replaced(i[None], proved)
+        decided = _one(prepared, own, form, until)
+        if isinstance(decided, Bounds):
+            found = found.replaced(i[None], decided)
+        elif decided is not None:
+            found = replace(found, witnesses={**found.witnesses, int(i): decided})
     return found
 
 
-def _one(prepared: Prepared, query: Query, form: Form, until: float) -> Bounds | None:
-    """The proof of one sample, if it is found in time."""
+def _one(prepared: Prepared, query: Query, form: Form, until: float) -> Bounds | Tensor | None:
+    """The proof of one sample, or a point at which it was measured to be broken, if either is found in time."""
     if query.C is None or query.rhs is None:
         return None
+    C, rhs = query.C[0], query.rhs[0]
     problem, reach, state = pose(prepared, query, form, query.C)
     room = ROOM * (1 + query.rhs.abs())
     problem = replace(problem, shift=problem.shift - (query.rhs + room).flatten())
     values, points = ascend(problem, start(problem), STEPS, 0.0, until)
     roots = leaves(problem, values, points, list(range(len(values))))
-    search = Search(problem, until, NODES if until == math.inf else 10**9)
+
+    def look(x: Tensor, rows: Tensor) -> Tensor | None:
+        points = inputs(problem, x, query, reach)
+        broken = (prepared.graph(points) @ C.T).gather(1, rows[:, None].to(C.device))[:, 0] < rhs[rows]
+        return points[int(broken.nonzero()[0])] if bool(broken.any()) else None
+
+    search = Search(problem, until, NODES if until == math.inf else 10**9, look)
     if not search.run(roots):
-        return None
+        return search.witness
     ends: list[Leaf] = []
     trees = tuple(((root.row,), _tree(root, form.name, ends)) for root in roots)
     rows = torch.tensor([leaf.row for leaf in ends])
