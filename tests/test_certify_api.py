@@ -17,8 +17,8 @@ import verideq
 from verideq.box import Box
 from verideq.certify import METHODS, Verdict, certify, prepare
 from verideq.certify.bound import interval
-from verideq.certify.method import Bounds, Prepared, Query
 from verideq.certify.decide import Budget
+from verideq.certify.method import Bounds, Prepared, Query
 from verideq.certify.run import Questions, Run
 from verideq.certify.summary import REJECTED
 from verideq.data import load
@@ -70,9 +70,7 @@ def decided(verdict: Verdict) -> tuple[object, ...]:
 # --- what a verdict says ----------------------------------------------------------------------------------------------
 
 
-def test_the_four_common_verdicts(
-    by_intervals: list[Verdict], model: Graph, images: Tensor, labels: Tensor
-) -> None:
+def test_the_four_common_verdicts(by_intervals: list[Verdict], model: Graph, images: Tensor, labels: Tensor) -> None:
     attacked = by_intervals
     found = statuses(attacked)
     assert set(found) == {Status.CERTIFIED, Status.FALSIFIED, Status.MISCLASSIFIED, Status.UNKNOWN}
@@ -344,6 +342,7 @@ def test_radius_is_certified_and_nearly_the_largest(model: Graph, images: Tensor
             assert verdict.radius is None
             continue
         assert verdict.radius is not None
+
         def at(radius: float, x: Tensor = images[i : i + 1], y: Tensor = labels[i : i + 1]) -> bool:
             return certify(model, x, y, radius, method="interval")[0].certified
 

@@ -25,7 +25,9 @@ from verideq.checker.proof import least_margins, row_bounds
 __all__ = ["Checker", "Outcome", "check"]
 
 SIZE = 64
-"""Cases that are worked out together: what bounds the memory."""
+"""Records, and cases, that are worked out together, at most."""
+NUMBERS = 2**19
+"""Of the rows of cases that are worked out together: what a processor's cache holds."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ class Checker:
                 reasons[place] = str(reason)
         margins: dict[int, list[float | Fraction]] = {place: [] for place in claims}
         for group in cases.values():
-            for start in range(0, len(group), SIZE):
-                wanted = [(place, case) for place, case in group[start : start + SIZE] if place not in reasons]
+            size = _together(group[0][1])
+            for start in range(0, len(group), size):
+                wanted = [(place, case) for place, case in group[start : start + size] if place not in reasons]
                 for place, margin in self._margins(wanted):
                     if isinstance(margin, str):
                         reasons.setdefault(place, margin)
@@ -137,8 +140,9 @@ class Checker:
             groups.setdefault(_form(case), []).append(case)
         lower = np.full(self._rows(claim) or 0, np.inf)
         for group in groups.values():
-            for start in range(0, len(group), SIZE):
-                part = group[start : start + SIZE]
+            size = _together(group[0])
+            for start in range(0, len(group), size):
+                part = group[start : start + size]
                 for case, bounds in zip(part, self._bounded(part), strict=True):
                     chosen = slice(None) if case.rows is None else list(case.rows)
                     ends = np.where(bounds > 0, np.inf, -np.inf) if case.steps[-1].empty else bounds
@@ -186,6 +190,13 @@ class Checker:
                     yield place, "a case that is said to be empty may not be"
             else:
                 yield place, margin
+
+
+def _together(case: Case) -> int:
+    """How many cases of this form are worked out together."""
+    rows = 9 if case.rows is None else len(case.rows)
+    sizes: list[int] = [case.claim.center[0].size, *(lower.size for lower, _ in case.claim.boxes.values())]
+    return max(1, min(SIZE, NUMBERS // (max(1, rows) * max(1, *sizes))))
 
 
 def _form(case: Case) -> object:

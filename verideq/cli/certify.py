@@ -49,7 +49,10 @@ def certify(
         typer.Option(help="A radius in pixel units, 0.1 or 8/255; repeat the option for several.", metavar="E"),
     ] = None,
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
-    method: Annotated[str, typer.Option(help="auto, interval, adjoint, adjoint-refined, adjoint-ascent, quadratic or branch-and-bound.")] = "auto",
+    method: Annotated[
+        str,
+        typer.Option(help="auto, interval, adjoint, adjoint-refined, adjoint-ascent, quadratic or branch-and-bound."),
+    ] = "auto",
     attack: Annotated[str, typer.Option(help="none or pgd: look for counterexamples too.")] = "pgd",
     timeout: Annotated[float | None, typer.Option(help="Seconds a sample.", metavar="S")] = None,
     radius: Annotated[
