@@ -70,7 +70,7 @@ class Float:
 
     @staticmethod
     def down(x: Array) -> Array:
-        """A number below the exact result that rounded to `x`: some units in the last place, and what flushing loses."""
+        """A number below the exact result that rounded to `x`: some last digits, and what flushing loses."""
         return x - (np.abs(x) * 2.0**-51 + TINY)
 
     @staticmethod
