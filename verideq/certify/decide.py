@@ -380,7 +380,10 @@ def _follow(
     original: nn.Module | None,
     bounds: Bounds,
 ) -> None:
-    """Attack what a bound leaves open from where it would be attained."""
+    """Attack what a bound leaves open from where it would be attained, and judge what it broke on its way."""
+    attack = attack_named(budget.attack)
+    if attack is None:
+        return
     broken = [k for k in bounds.witnesses if draft.verdicts[right[k]].status in (Status.UNKNOWN, Status.TIMEOUT)]
     if broken:
         found = torch.stack([bounds.witnesses[k] for k in broken]).to(part.region.center)
@@ -388,9 +391,8 @@ def _follow(
         own = part[torch.tensor(broken)]
         found = own.region.project(found)
         _judge(prepared, own, draft, [right[k] for k in broken], original, found, margins)
-    attack = attack_named(budget.attack)
     left = [k for k, i in enumerate(right) if draft.verdicts[i].status is Status.UNKNOWN]
-    if attack is None or bounds.points is None or not left or draft.late():
+    if bounds.points is None or not left or draft.late():
         return
     rows = torch.tensor(left)
     own, lower = part[rows], bounds.box.lower[rows]
