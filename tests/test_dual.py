@@ -16,9 +16,9 @@ from torch import nn
 from verideq import Equilibrium
 from verideq.certify import prepare
 from verideq.certify.bound import run_method
-from verideq.certify.certificate import Proof, Split, Step, gauge_file, record
+from verideq.certify.certificate import Proof, Split, Step, Then, gauge_file, record
 from verideq.checker import Checker
-from verideq.checker.arithmetic import Exact, guarded
+from verideq.checker.arithmetic import Exact, Rejected, guarded
 from verideq.checker.claim import Case as CheckerCase
 from verideq.checker.claim import read_claim
 from verideq.checker.claim import region as box_of
@@ -110,6 +110,12 @@ def proof(
         return len(built) - 1
 
     def tree(depth: int) -> Any:
+        if draw.randrange(3) == 0:  # tightenings for all that is below
+            steps = [step(draw, states, draw.randint(1, 3), name) for name in states if draw.randrange(2)]
+            if steps:
+                built.append(tuple(steps))
+                place = len(built) - 1
+                return Then(place, tree(depth))
         if depth == 0:
             return leaf()
         name = draw.choice([*states, "input"])
@@ -161,8 +167,11 @@ def violations(case: Case, seed: int, *, exactly: bool) -> list[str]:
         lower, upper = box_of(read_claim(parse_blob(payload), checker.hash, checker.pixels, Exact()), Exact())
         known = [(x, truth.values(x)) for x in points if bool(((lower <= x) & (x <= upper)).all())]
         for part in claim.cases(rows):
-            with guarded():
-                margin = least_margins(checker.arithmetic, checker.nodes, checker.layer, [part])[0]
+            try:
+                with guarded():
+                    margin = least_margins(checker.arithmetic, checker.nodes, checker.layer, [part])[0]
+            except Rejected:  # tightenings that cross, on a part that is empty
+                continue
             for x, values in known:
                 if satisfied(part, x, signs(prepared.graph, values)):
                     least = min(exact(case.C) @ values[prepared.graph.nodes[-1].name])

@@ -38,6 +38,8 @@ LOOK = 5
 """Steps between two looks at which rows are closed."""
 SPARE = 2.0**-20
 """What is not told from rounding, of the size of the outputs."""
+BETWEEN = 0.1
+"""See `Scene.smooth`, for the second point that is tried."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,33 @@ class Trial:
     def worst(self, scene: Scene, C: Tensor, multipliers: Mapping[str, Rule] | None = None) -> tuple[Tensor, Tensor]:
         """Where a row, each a sample of its own, seems least, (rows, *features), and what it is there, (rows,).
 
+        A corner of the box; or, better where the row has next to no coefficient, between two.
+
         Args:
             multipliers: that show where; ``None``: those of CROWN.
         """
         scene = replace(scene, rigorous=False)
         shown = rules(scene, "adaptive") if multipliers is None else multipliers
         _, on_input, _ = scene.back({scene.output: scene.start(C)}, shown)
-        points = scene.values[INPUT].center if on_input is None else scene.worst(on_input)
-        points = points if scene.region is None else scene.region.project(points)
-        return points, (C * self.graph(points)).sum(1)
+        points, values = scene.values[INPUT].center, torch.full_like(C[:, 0], torch.inf)
+        for smooth in (0.0, BETWEEN):
+            x = points if on_input is None else replace(scene, smooth=smooth).worst(on_input)
+            x = x if scene.region is None else scene.region.project(x)
+            new = self.values(x, C)
+            points = torch.where((new < values).view(-1, *[1] * (x.dim() - 1)), x, points)
+            values = torch.minimum(new, values)
+        return points, values
+
+    def values(self, points: Tensor, C: Tensor) -> Tensor:
+        """Rows at points, (rows,)."""
+        values: Tensor = (C * self.graph(points)).sum(1)
+        return values
+
+    def slopes(self, points: Tensor, C: Tensor) -> Tensor:
+        """The gradients of rows at points, (rows, *features)."""
+        with torch.enable_grad():
+            points = points.detach().requires_grad_()
+            return torch.autograd.grad(self.values(points, C).sum(), points)[0]
 
 
 def proved(scene: Scene, C: Tensor, multipliers: Multipliers) -> tuple[Tensor, Multipliers]:

@@ -181,12 +181,16 @@ class Scene:
         if not rows.center.requires_grad:
             return least
         q = rows.center.reshape(*least.shape, -1)
-        with torch.no_grad():
-            kink = self.smooth * q.abs().amax(2, keepdim=True) + TINY
-            center, radius = (x.flatten(1)[:, None] for x in (box.center, box.radius))
-            z = center - radius * (q / kink).clamp(-1, 1)
+        z = self._corner(q, box)
         linear = (q * z).sum(2)
         return least.detach() + linear - linear.detach()
+
+    @torch.no_grad()
+    def _corner(self, q: Tensor, box: Box) -> Tensor:
+        """The corner of a box where rows, (samples, rows, size), are least, moved over the small ones by `smooth`."""
+        kink = self.smooth * q.abs().amax(2, keepdim=True) + TINY
+        center, radius = (x.flatten(1)[:, None] for x in (box.center, box.radius))
+        return center - radius * (q / kink).clamp(-1, 1)
 
     def over_inputs(self, rows: Rows) -> Tensor:
         """The least value of rows on the input over the region, (samples, rows)."""
@@ -197,11 +201,11 @@ class Scene:
         return torch.maximum(least, ball(rows, self.region, box))
 
     def worst(self, rows: Rows) -> Tensor:
-        """Where rows on the input are least over the region, but for rounding: (samples * rows, *features)."""
+        """Where rows on the input are about least over the region, see `smooth`: (samples * rows, *features)."""
         box = self.values[INPUT]
         q = rows.center.reshape(self.samples, -1, rows.center[0].numel())
         if self.region is None or self.region.norm == "linf":
-            x = torch.where(q > 0, box.lower.flatten(1)[:, None], box.upper.flatten(1)[:, None])
+            x = self._corner(q, box)
         else:
             x = _nearest(q, self.region, box).x
         return x.view_as(rows.center)

@@ -59,8 +59,16 @@ class Split:
     above: Tree
 
 
-Tree = int | Split
-"""The number of a case, or a split."""
+@dataclass(frozen=True)
+class Then:
+    """Tightenings of a part, once for all that is below: the number of a case of nothing else, and the tree."""
+
+    case: int
+    tree: Tree
+
+
+Tree = int | Split | Then
+"""The number of a case, a split, or tightenings for all of a tree."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,8 @@ def _arrays_of(step: Step, place: str) -> dict[str, Numbers]:
 def _tree(tree: Tree) -> dict[str, Any]:
     if isinstance(tree, int):
         return {"case": tree}
+    if isinstance(tree, Then):
+        return {"case": tree.case, "then": _tree(tree.tree)}
     halves = {"below": _tree(tree.below), "above": _tree(tree.above)}
     return {"node": tree.node, "unit": tree.unit, "at": str(tree.at), **halves}
 

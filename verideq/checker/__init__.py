@@ -208,7 +208,7 @@ def _form(case: Case) -> object:
     count = rows if case.rows is None else len(case.rows)
     return (
         claim.center[0].shape, claim.norm, claim.tolerance, claim.refinements, boxes, states, count,
-        tuple(step.form for step in case.steps),
+        case.before is None, tuple(step.form for step in case.steps),
     )  # fmt: skip
 
 

@@ -82,12 +82,19 @@ class Case:
         splits: that make the part.
         rows: of the specification that are bounded; ``None``: all of them.
         steps: tightenings in order, the bound of the rows last.
+        before: a case of tightenings only, of this part or of one around it: its boxes are taken as they are.
     """
 
     claim: Claim
     splits: tuple[Split, ...]
     rows: tuple[int, ...] | None
     steps: tuple[Bounding, ...]
+    before: Case | None = None
+
+    @property
+    def tightenings(self) -> tuple[Bounding, ...]:
+        """The steps that are about pre-activations."""
+        return self.steps if self.steps[-1].node is not None else self.steps[:-1]
 
 
 @dataclass(frozen=True)
@@ -135,20 +142,55 @@ class Claim:
         known = set(range(rows or 0))
         require(named <= known if whole else rows and named == known, "a row of the specification is not proved")
         used: list[int] = []
+        around: dict[tuple[Above, ...], Case] = {}
         for wanted, tree in self.trees:
-            for place, splits in _leaves(tree, ()):
-                require(place < len(self.steps), "a tree names a case that is not there")
+            for place, above in _leaves(tree, ()):
                 used.append(place)
-                yield Case(self, splits, wanted, self.steps[place])
+                yield self._case(place, above, wanted, around, leaf=True)
+        require(len(set(used)) == len(used), "a case belongs to two leaves")
+        used += {way[-1] for way in around if isinstance(way[-1], int)}
         require(sorted(used) == list(range(len(self.steps))), "a case belongs to no leaf, or to two")
 
+    def _case(
+        self,
+        place: int,
+        above: tuple[Above, ...],
+        rows: tuple[int, ...] | None,
+        around: dict[tuple[Above, ...], Case],
+        *,
+        leaf: bool,
+    ) -> Case:
+        """The case at a place of a tree; those above it are shared by all that is below them."""
+        require(place < len(self.steps), "a tree names a case that is not there")
+        ends = self.steps[place][-1].node is None
+        require(ends or not leaf, "the rows of the claim come last")
+        require(leaf or not ends, "a case with more below it bounds no rows")
+        before = None
+        for k in range(len(above) - 1, -1, -1):
+            inner = above[k]
+            if isinstance(inner, int):
+                if above[: k + 1] not in around:
+                    around[above[: k + 1]] = self._case(inner, above[:k], None, around, leaf=False)
+                before = around[above[: k + 1]]
+                break
+        splits = tuple(split for split in above if isinstance(split, Split))
+        return Case(self, splits, rows, self.steps[place], before)
 
-def _leaves(tree: Any, splits: tuple[Split, ...]) -> Iterator[tuple[int, tuple[Split, ...]]]:
-    """Every leaf's case and splits. Both halves of each split are there, so nothing is left out."""
+
+Above = Split | int
+"""What stands above a place in a tree: a split, or the number of a case of tightenings."""
+
+
+def _leaves(tree: Any, way: tuple[Above, ...]) -> Iterator[tuple[int, tuple[Above, ...]]]:
+    """Every leaf's case and what is above it. Both halves of each split are there, so nothing is left out."""
     require(isinstance(tree, dict), "a tree is no object")
-    if set(tree) == {"case"}:
+    if "case" in tree:
+        require(set(tree) <= {"case", "then"}, f"a tree has the fields {sorted(tree)}")
         require(is_count(tree["case"]), "a case is no number")
-        yield tree["case"], splits
+        if "then" in tree:
+            yield from _leaves(tree["then"], (*way, tree["case"]))
+        else:
+            yield tree["case"], way
         return
     require(set(tree) == {"node", "unit", "at", "below", "above"}, f"a tree has the fields {sorted(tree)}")
     require(isinstance(tree["node"], str) and is_count(tree["unit"]), "a split names no unit")
@@ -156,7 +198,7 @@ def _leaves(tree: Any, splits: tuple[Split, ...]) -> Iterator[tuple[int, tuple[S
     require(at == 0 or tree["node"] == "input", "a pre-activation is split at 0 only")
     for above in (False, True):
         split = Split(tree["node"], tree["unit"], at, above)
-        yield from _leaves(tree["above" if above else "below"], (*splits, split))
+        yield from _leaves(tree["above" if above else "below"], (*way, split))
 
 
 def is_count(value: object) -> bool:
@@ -222,15 +264,15 @@ def _tree(entry: Any) -> tuple[tuple[int, ...] | None, Any]:
 def _steps(place: int, case: Any, arrays: dict[str, Array], arithmetic: Arithmetic) -> tuple[Bounding, ...]:
     require(isinstance(case, list) and 0 < len(case) <= REFINEMENTS, "a case is no list of steps")
     return tuple(
-        _bounding(f"case/{place}/{k}/", step, arrays, arithmetic, last=k == len(case) - 1)
-        for k, step in enumerate(case)
+        _bounding(f"case/{place}/{k}/", step, arrays, arithmetic, end=k == len(case) - 1) for k, step in enumerate(case)
     )
 
 
-def _bounding(prefix: str, step: Any, arrays: dict[str, Array], arithmetic: Arithmetic, *, last: bool) -> Bounding:
+def _bounding(prefix: str, step: Any, arrays: dict[str, Array], arithmetic: Arithmetic, *, end: bool) -> Bounding:
     """A step and its arrays, which are taken out of `arrays`."""
     fields = {"node", "slopes", "iterations", "empty"}
     require(isinstance(step, dict) and set(step) == fields, "a step has other fields")
+    last = end and step["node"] is None
     require((step["node"] is None) if last else isinstance(step["node"], str), "the rows of the claim come last")
     require(step["slopes"] is None or step["slopes"] in SLOPES, f"the slopes {step['slopes']!r} are not known")
     require(is_count(step["iterations"]) and step["iterations"] <= REFINEMENTS, "too many iterations")

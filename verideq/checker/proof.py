@@ -7,8 +7,8 @@ tightenings improve them. At the end the rows of the specification go backwards 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -23,6 +23,15 @@ from verideq.checker.quadratic import chain, quadratic
 
 Layers = Callable[[Node, tuple[int, ...]], Layer]
 """The proved equilibrium of a node, for states of a shape."""
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """What a case of tightenings has shown on its part of the ball: every value and relaxed node, (1, *state)."""
+
+    values: Mapping[str, Interval]
+    pre: Mapping[str, Interval]
+    z: Mapping[str, Interval]
 
 
 def least_margins(calc: Arithmetic, nodes: Sequence[Node], layers: Layers, cases: Sequence[Case]) -> Array:
@@ -46,16 +55,63 @@ class _Proof:
     cases: Sequence[Case]
 
     def run(self) -> Array:
+        """The rows of the specification."""
+        calc = self.calc
+        self._forwards()
+        rows, shift = self._specification()
+        bounds = self._quadratic(rows) if self.cases[0].steps[-1].quadratic else self._dual(rows, shift)
+        return np.where(self.holds[:, None], calc.add((bounds, bounds), shift)[0], np.nan)
+
+    def boxes(self) -> list[Boxes | None]:
+        """What the tightenings have shown."""
+        self._forwards()
+        relaxed = self.scene.relaxations.items()
+        parts = self.scene.values, {name: x.pre for name, x in relaxed}, {name: x.z for name, x in relaxed}
+
+        def of(place: int) -> Boxes:
+            one = [{name: (lo[[place]], hi[[place]]) for name, (lo, hi) in part.items()} for part in parts]
+            return Boxes(one[0], one[1], one[2])
+
+        return [of(place) if holds else None for place, holds in enumerate(self.holds)]
+
+    def _around(self) -> dict[int, Boxes]:
+        """What the cases before these have shown, by `id`: several at once where they are of one form."""
+        groups: dict[object, dict[int, Case]] = {}
+        for before in (case.before for case in self.cases):
+            if before is not None:
+                form = (before.before is None, tuple(step.form for step in before.steps))
+                groups.setdefault(form, {})[id(before)] = before
+        found: dict[int, Boxes] = {}
+        for group in groups.values():
+            for key, boxes in zip(group, replace(self, cases=list(group.values())).boxes(), strict=True):
+                require(boxes is not None, "a box is not mapped into itself, or is crossed")
+                found[key] = boxes  # type: ignore[assignment]  # it is there
+        return found
+
+    def _before(self, part: str, name: str) -> Interval | None:
+        """What the cases before these have shown; ``None`` where none is: of one form all have one, or none has."""
+        if self.cases[0].before is None:
+            return None
+        found = [getattr(self.known[id(case.before)], part)[name] for case in self.cases]
+        return np.concatenate([lo for lo, _ in found]), np.concatenate([hi for _, hi in found])
+
+    def _forwards(self) -> None:
         calc, cases = self.calc, self.cases
-        boxes = [region(case.claim, calc) for case in cases]
-        x = np.stack([lo for lo, _ in boxes]), np.stack([hi for _, hi in boxes])
+        self.known = self._around()
+        x = self._before("values", "input")
+        if x is None:
+            boxes = [region(case.claim, calc) for case in cases]
+            x = np.stack([lo for lo, _ in boxes]), np.stack([hi for _, hi in boxes])
         values = {"input": self._cut("input", x)}
         self.scene = Scene(calc, self.nodes, cases, values, {})
         self.holds = self._ordered(values["input"])
         self.proved: dict[str, Layer] = {}
         for node in self.nodes:
             v = values[node.inputs[0]]
-            if node.kind == "add":
+            before = None if node.kind in ("relu", "equilibrium") else self._before("values", node.name)
+            if before is not None:
+                values[node.name] = before
+            elif node.kind == "add":
                 other = values[node.inputs[1]]
                 require(v[0].shape == other[0].shape, f"{node.name}: a sum of two shapes")
                 values[node.name] = calc.add(v, other)
@@ -68,10 +124,7 @@ class _Proof:
         require(set(self.proved) >= {*claim.boxes, *claim.states}, "a box or a state belongs to no equilibrium")
         for case in cases:
             require({split.node for split in case.splits} <= named | {"input"}, "a split of a node that is not relaxed")
-            require({step.node for step in case.steps[:-1]} <= named, "a tightening of a node that is not relaxed")
-        rows, shift = self._specification()
-        bounds = self._quadratic(rows) if cases[0].steps[-1].quadratic else self._dual(rows, shift)
-        return np.where(self.holds[:, None], calc.add((bounds, bounds), shift)[0], np.nan)
+            require({step.node for step in case.tightenings} <= named, "a tightening of a node that is not relaxed")
 
     # --- the parts of the ball -----------------------------------------------------------------------------------
 
@@ -99,21 +152,24 @@ class _Proof:
     def _relu(self, node: Node, v: Interval) -> Interval:
         """Relax a ReLU or an equilibrium, cut it, tighten it; returns the box of what it hands on."""
         calc, claim, layer, drift = self.calc, self.cases[0].claim, None, None
+        before = self._before("z", node.name), self._before("pre", node.name)
         if node.kind == "relu":
             one = np.full((1,) * v[0].ndim, calc.one, dtype=calc.kind)
-            pre, z, divisor = v, (np.maximum(v[0], calc.zero), np.maximum(v[1], calc.zero)), (one, one)
+            z, pre = (np.maximum(v[0], calc.zero), np.maximum(v[1], calc.zero)), v
+            divisor = one, one
         else:
             layer = self.proved[node.name] = self.layers(node, v[0].shape[1:])
-            z, pre = self._box(node, layer, v)
+            z, pre = self._box(node, layer, v) if before[0] is None else (v, v)
             divisor = layer.divisor
             if claim.tolerance:
                 if layer.u is None:
                     raise Rejected(f"{node.name}: a tolerance of the deployed solver needs a gauge")
                 drift = calc.multiply((layer.u, layer.u), number(calc, claim.tolerance))[1]
+        z, pre = before[0] or z, before[1] or pre
         relaxation = relax(calc, self._cut(node.name, pre), z, divisor, layer, drift)
         self.scene.relaxations[node.name] = relaxation
-        for place in range(len(self.cases[0].steps) - 1):
-            if self.cases[0].steps[place].node == node.name:
+        for place, step in enumerate(self.cases[0].tightenings):
+            if step.node == node.name:
                 relaxation = self._tightened(node, relaxation, place)
                 self.scene.relaxations[node.name] = relaxation
         self.holds = self.holds & self._ordered(relaxation.pre) & self._ordered(relaxation.z)
