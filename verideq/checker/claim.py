@@ -210,7 +210,7 @@ def read_claim(record: Blob, model: str, pixels: tuple[Fraction, Fraction] | Non
     """The claim of a record, every field of the right type and for the model with this hash and pixel range."""
     head = dict(record.head)
     require(set(head) == FIELDS, f"the record has the fields {sorted(head)}")
-    require(head["version"] == VERSION, f"version {head['version']!r} is not known")
+    require(type(head["version"]) is int and head["version"] == VERSION, f"version {head['version']!r} is not known")
     require(head["model"] == model, "the record is about another model")
     require(head["norm"] in ("linf", "l2"), f"the norm {head['norm']!r} is not known")
     require(head["specification"] in ("label", "linear"), "the specification is not known")
