@@ -465,6 +465,20 @@ def test_the_checker_refuses_what_a_broken_bound_proposes(
     assert (result["certified"], result["rejected"]) == (0, sum(v.prediction == v.label for v in honest))
 
 
+def test_no_better_bound_hides_that_a_proposal_was_refused(
+    model: Graph, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = certify(model, images, labels, "0.05", method="interval")
+    monkeypatch.setitem(METHODS, "adjoint", certify_everything)
+    for attack in ("none", "pgd"):
+        verdicts = certify(model, images, labels, "0.05", method="auto", attack=attack)
+        refused = [v for v, own in zip(verdicts, honest, strict=True) if own.status is Status.UNKNOWN]
+        assert refused
+        for verdict in refused:
+            assert verdict.status is Status.FALSIFIED or REJECTED in verdict.reason
+            assert not verdict.certified and not verdict.checked and verdict.certificate is None
+
+
 @pytest.mark.parametrize("error", [RuntimeError, IndexError, MemoryError])
 def test_what_breaks_for_one_sample_costs_that_sample(
     model: Graph, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch, error: type[Exception]

@@ -183,7 +183,8 @@ class _Draft:
         if self.late():
             reason = "the time limit was reached; raise --timeout"
             for i in places:
-                if self.verdicts[i].status in (Status.UNKNOWN, Status.CERTIFIED):
+                refused = REJECTED in self.verdicts[i].reason
+                if not refused and self.verdicts[i].status in (Status.UNKNOWN, Status.CERTIFIED):
                     self.set(i, status=Status.TIMEOUT, reason=reason, checked=False, certificate=None)
 
     def finish(self) -> list[Verdict]:
@@ -203,7 +204,12 @@ def _decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module 
         if budget.attack != "none" and not draft.late():
             _attack(prepared, part, draft, right, budget, original)
         for method in methods[1:]:
-            left = [i for i in right if draft.verdicts[i].status is Status.UNKNOWN]
+            # A proposal that was refused is a bug, and no better bound behind it may hide that.
+            left = [
+                i
+                for i in right
+                if draft.verdicts[i].status is Status.UNKNOWN and REJECTED not in draft.verdicts[i].reason
+            ]
             if left and not draft.late():
                 _prove(prepared, task[torch.tensor(left)], draft, left, budget, method, original)
         if budget.radius:

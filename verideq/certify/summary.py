@@ -71,7 +71,7 @@ def _count(eps: float, norm: str, records: list[Mapping[str, Any]], with_attack:
         "norm": norm,
         "n": n,
         **{status.value.lower(): statuses[status] for status in Status},
-        "rejected": sum(str(r["reason"] or "").startswith(REJECTED) for r in records),
+        "rejected": sum(REJECTED in str(r["reason"] or "") for r in records),
         "clean": clean,
         "attacked": attacked,
         "checked": bool(proved) and all(r["checked"] is True for r in proved),

@@ -84,8 +84,9 @@ class _Proof:
         found: dict[int, Boxes] = {}
         for group in groups.values():
             for key, boxes in zip(group, replace(self, cases=list(group.values())).boxes(), strict=True):
-                require(boxes is not None, "a box is not mapped into itself, or is crossed")
-                found[key] = boxes  # type: ignore[assignment]  # it is there
+                if boxes is None:
+                    raise Rejected("a box is not mapped into itself, or is crossed")
+                found[key] = boxes
         return found
 
     def _before(self, part: str, name: str) -> Interval | None:

@@ -282,7 +282,7 @@ class FactoredFusion(nn.Module):
 
     def operator(self) -> Operator:
         """A snapshot of ``W``."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: a torch module has no metaclass to say so
 
     def forward(self, z: Tensor) -> Tensor:
         """``W z``; (batch, *features) in and out."""

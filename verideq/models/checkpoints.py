@@ -203,7 +203,7 @@ def _model(
     model = nn.Sequential(parts).eval()
     model.input_shape = IMAGES.get(inputs, (inputs,))  # type: ignore[assignment]  # what `save_model` looks for
     # Images have pixels in [0, 1]; of other inputs no range is known.
-    model.pixel_range = (0.0, 1.0) if inputs in IMAGES else None  # type: ignore[assignment]
+    model.pixel_range = (0.0, 1.0) if inputs in IMAGES else None  # type: ignore[assignment]  # likewise
     return model
 
 

@@ -76,7 +76,7 @@ class Contraction(Parametrization):
         Raises:
             ParametrizationError: `W` is not in the class; the message says why, and what would fit.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: a torch module has no metaclass to say so
 
     def right_inverse(self, W: Tensor) -> Tensor:
         """`inverse`; while `register` runs, `draw`."""
