@@ -24,7 +24,7 @@ import verideq
 from verideq.certify import margin_rows, prepare
 from verideq.certify.bound import run_method
 from verideq.certify.certificate import record
-from verideq.models.zoo import conv_deq, ibp_initialise, linear_deq
+from verideq.models.zoo import conv_deq, initialise, linear_deq
 
 SHAPE = (1, 28, 28)
 
@@ -38,7 +38,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measure(model: nn.Module, count: int, rounds: int) -> dict[str, float]:
     """Records a second, in batches of 64 and one by one, and the time of checking as a share of proving."""
-    ibp_initialise(model)
+    initialise(model, "ibp")
     prepared = prepare(model.eval())
     images = torch.rand(count, *SHAPE)
     labels = prepared.graph(images.double()).argmax(1)

@@ -14,6 +14,7 @@
     ├── ParametrizationError            a weight outside the class of its parametrization
     ├── NoGaugeError                    no positive vector proves a layer well-posed
     ├── ConvergenceError                a solver stopped before its tolerance
+    ├── DivergenceError                 a training run whose numbers are none any more
     └── InconsistencyError              a certificate and a counterexample for the same sample
 
 Every message names the offending thing and says what to do about it.
@@ -100,6 +101,13 @@ class ConvergenceError(VerideqError, RuntimeError):
     def __init__(self, message: str, worst: float, steps: int) -> None:
         self.worst, self.steps = worst, steps
         super().__init__(message)
+
+
+class DivergenceError(VerideqError, RuntimeError):
+    """A training run whose loss or gradients are no numbers any more, or whose equilibria are not found.
+
+    The message says in which epoch and step, which layer was the first, and what to change.
+    """
 
 
 class InconsistencyError(VerideqError):

@@ -40,7 +40,7 @@ def train(
     folder = out or Path("runs") / recipe.stem
     trainer = Trainer(chosen, folder, choose_device(device), resume=resume)
     console = Console(stderr=True, highlight=False, emoji=False, quiet=as_json)
-    console.print(f"{len(trainer.labels)} samples, {trainer.steps} steps an epoch, {chosen.epochs} epochs; {folder}")
+    console.print(f"{len(trainer.data)} samples, {trainer.steps} steps an epoch, {chosen.epochs} epochs; {folder}")
     last: dict[str, Any] = {}
     short = chosen.loss == "interval" and chosen.epochs < chosen.natural_epochs + chosen.ramp_epochs
     warning = (

@@ -14,7 +14,7 @@ whose ``F`` need not contract, the adjoint equation of a point is solved by spli
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,9 +30,16 @@ class Implicit:
 
     Args:
         solver: how the adjoint is solved; any but `ForwardBackward`, whose damping belongs to the layer.
+        steps: products with ``(∂F/∂z)ᵀ`` at most, the last iterate then being the gradient: exact up to what the next
+            one would add, a phantom gradient without its memory. 0: until the solver's tolerance.
     """
 
     solver: Solver = Auto()
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise InputError(f"an implicit gradient takes 0 or more steps; got {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,14 @@ def differentiable(
             z = (1 - gradient.damping) * z + gradient.damping * step(z)
         return z
 
+    solver = replace(gradient.solver, max_steps=gradient.steps) if gradient.steps else gradient.solver
+
     def settled(solution: Solution) -> Solution:
-        return solution.check("the adjoint (backward pass)") if throw else solution
+        return solution.check("the adjoint (backward pass)") if throw and not gradient.steps else solution
 
     def adjoint(upstream: Tensor) -> Tensor:
         if splitting is not None:
-            return settled(splitting(value > 0, upstream, gradient.solver)).value
+            return settled(splitting(value > 0, upstream, solver)).value
         with torch.enable_grad():
             at = value.detach().requires_grad_()
             image = frozen(at)
@@ -93,7 +102,7 @@ def differentiable(
             return (pulled + upstream).movedim(0, 1)[None]
 
         # A gradient has no radius to keep nonnegative: centre and radius are solved as one part.
-        return settled(fixed_point(pull, upstream.movedim(0, 1)[None], gradient.solver)).value[0].movedim(1, 0)
+        return settled(fixed_point(pull, upstream.movedim(0, 1)[None], solver)).value[0].movedim(1, 0)
 
     result: Tensor = _Adjoint.apply(step(value), adjoint)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result

@@ -116,6 +116,8 @@ class Equilibrium(nn.Module):
         gradient: `Implicit` (exact, constant memory) or `Phantom`; or ``implicit`` or ``phantom``.
         throw: raise when a sample does not converge; otherwise the last iterate is returned.
 
+    The attribute `observer`, ``None`` at first, may be a function: it is shown every `Solution` of a call.
+
     Raises:
         ModelError: a fusion that is no ``W``, or another activation.
         UnknownName: a solver or gradient that does not exist.
@@ -146,6 +148,7 @@ class Equilibrium(nn.Module):
         self.solver: Solver = _named("solver", solver, SOLVERS)
         self.gradient: Gradient = _named("gradient", gradient, GRADIENTS)
         self.throw = throw
+        self.observer: Callable[[Solution], None] | None = None
 
     @classmethod
     def from_matrices(cls, W: Matrix, U: Matrix, b: Matrix | None = None, **options: Any) -> Equilibrium:
@@ -223,6 +226,8 @@ class Equilibrium(nn.Module):
     def _run(self, injection: Tensor) -> Tensor:
         given = self._problem(injection)
         solution, system, splitting = _settle(given, self.solver)
+        if self.observer is not None:
+            self.observer(solution)
         if self.throw:
             solution.check()
         tracked = injection.requires_grad or any(p.requires_grad for p in self.fusion.parameters())

@@ -7,7 +7,7 @@ import json
 import tomllib
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,39 @@ from verideq.errors import ParametrizationError, RecipeError
 from verideq.models.zoo import architecture_named, parametrization_named
 from verideq.parametrizations import Contraction
 from verideq.region import parse_eps, round_down
-from verideq.training.schedule import eps_at
+from verideq.training.schedule import SCHEDULES, eps_at
+from verideq.training.tables import (
+    AdjointTable,
+    AttackTable,
+    AugmentTable,
+    CheckpointTable,
+    PenaltyTable,
+    Ramped,
+    ValidationTable,
+    need,
+    need_share,
+)
 
 LOSSES = ("interval", "cross-entropy")
+INITIALISATIONS = ("auto", "ibp", "cerdeq", "torch")
+GRADIENTS = ("implicit", "phantom")
+SOLVERS = ("auto", "picard", "anderson")
+PRECISIONS = ("float32", "mixed")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to train, on what, and how. Every field is a key of the TOML file; ``[options]`` is a table.
+    """What to train, on what, and how. Every field is a key of the TOML file; ``options`` and the last ones are tables.
 
     Args:
         data: a data set by name or path.
         architecture: of `verideq.models.zoo`.
         parametrization: of the equilibrium's ``W``; of `verideq.models.zoo`.
+        explicit: the explicit twin: every equilibrium replaced by one application of its ``U`` and of a free ``W``.
+        constrained: the twin's ``W`` keeps the parametrization: with ``cerdeq`` the Orth-CNN of its Table 6.
         options: the sizes of the architecture, and what the parametrization takes.
+        initialisation: of the weights that no parametrization draws: ``ibp`` (Shi et al.), ``cerdeq``, ``torch``, or
+            ``auto``: ``ibp`` for the interval loss, else ``torch``.
         loss: ``interval``, the certified one, or ``cross-entropy`` of the outputs, for which there is no radius.
         mean: normalisation by channel; empty for none.
         std: likewise.
@@ -42,21 +61,37 @@ class Recipe:
         natural_epochs: at radius 0, first.
         ramp_epochs: from radius 0 to `eps`, after them.
         batch_size: samples a step; an incomplete last batch is left out.
-        learning_rate: of Adam.
+        learning_rate: of AdamW, at its largest.
+        schedule: of the learning rate: ``steps`` at `decay_epochs`, ``cosine`` or ``linear`` down to 0.
+        warmup_epochs: in which the learning rate rises linearly, before the schedule.
         decay_epochs: after these epochs the learning rate is multiplied by `decay_factor`.
         decay_factor: in (0, 1].
+        weight_decay: of AdamW, decoupled.
         gradient_clip: largest norm of the gradient.
+        average: the model is the exponential moving average of the weights with this decay a step; 0 for the last ones.
         clean_weight: ``κ``, the weight of the clean cross-entropy against the certified one.
+        solver: of the equilibria: ``auto``, ``picard`` or ``anderson``.
         tol: of the forward solver, relative.
+        gradient: ``implicit`` or ``phantom``.
+        phantom_steps: tracked steps of the phantom gradient.
+        phantom_damping: their damping.
         backward_tol: of the adjoint, relative.
+        backward_steps: of the adjoint, at most, a last iterate then being good enough; 0: `max_steps`, and it has to
+            converge.
         max_steps: of both.
-        seed: of the weights and of the order of the samples.
+        precision: ``float32``, or ``mixed``: linear and convolutional layers but the last in bfloat16. Equilibria,
+            batch norm and margins stay in float32.
+        seed: of the weights, of the order of the samples and of all that is drawn.
+        adjoint: see `AdjointTable`, and so on.
     """
 
     data: str = "digits"
     architecture: str = "linear-deq"
     parametrization: str = "ibp-mondeq"
+    explicit: bool = False
+    constrained: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    initialisation: str = "auto"
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
     loss: str = "interval"
@@ -67,28 +102,60 @@ class Recipe:
     ramp_epochs: int = 20
     batch_size: int = 64
     learning_rate: float = 5e-4
+    schedule: str = "steps"
+    warmup_epochs: float = 0.0
     decay_epochs: Sequence[int] = ()
     decay_factor: float = 0.2
+    weight_decay: float = 0.0
     gradient_clip: float = 10.0
-    clean_weight: float = 0.0
+    average: float = 0.0
+    clean_weight: Ramped = 0.0
+    solver: str = "auto"
     tol: float = 1e-4
+    gradient: str = "implicit"
+    phantom_steps: int = 5
+    phantom_damping: float = 0.5
     backward_tol: float = 1e-2
+    backward_steps: int = 0
     max_steps: int = 500
+    precision: str = "float32"
     seed: int = 0
+    adjoint: AdjointTable = field(default_factory=AdjointTable)
+    attack: AttackTable = field(default_factory=AttackTable)
+    penalty: PenaltyTable = field(default_factory=PenaltyTable)
+    augment: AugmentTable = field(default_factory=AugmentTable)
+    validation: ValidationTable = field(default_factory=ValidationTable)
+    checkpoint: CheckpointTable = field(default_factory=CheckpointTable)
 
     def __post_init__(self) -> None:
         self._check_options()
-        self._need("loss", self.loss in LOSSES, " or ".join(LOSSES))
+        choices = {
+            "loss": LOSSES,
+            "schedule": SCHEDULES,
+            "initialisation": INITIALISATIONS,
+            "gradient": GRADIENTS,
+            "solver": SOLVERS,
+            "precision": PRECISIONS,
+        }
+        for key, known in choices.items():
+            self._need(key, getattr(self, key) in known, " or ".join((", ".join(known[:-1]), known[-1])))
         parse_eps(self.eps)
         at_least = {"epochs": 1, "natural_epochs": 0, "ramp_epochs": 0, "batch_size": 1, "max_steps": 1, "seed": 0}
+        at_least |= {"phantom_steps": 1, "backward_steps": 0}
         for key, least in at_least.items():
             self._need(key, getattr(self, key) >= least, f"{least} or more")
         for key in ("learning_rate", "gradient_clip", "tol", "backward_tol"):
             self._need(key, 0 < getattr(self, key) < float("inf"), "a positive number")
+        for key in ("warmup_epochs", "weight_decay"):
+            self._need(key, 0 <= getattr(self, key) < float("inf"), "0 or more")
+        self._need("warmup_epochs", self.warmup_epochs < self.epochs, "fewer than epochs")
         self._need("seed", self.seed < 2**32, "a seed below 2**32")
-        self._need("decay_factor", 0 < self.decay_factor <= 1, "a number in (0, 1]")
-        self._need("clean_weight", 0 <= self.clean_weight <= 1, "a number in [0, 1]")
+        for key in ("decay_factor", "phantom_damping"):
+            self._need(key, 0 < getattr(self, key) <= 1, "a number in (0, 1]")
+        self._need("average", 0 <= self.average < 1, "a number in [0, 1)")
+        need_share("clean_weight", self.clean_weight)
         self._need("decay_epochs", all(e >= 1 for e in self.decay_epochs), "epochs of 1 or more")
+        self._need("decay_epochs", self.schedule == "steps" or not self.decay_epochs, f"none with {self.schedule}")
         grows = self.loss == "interval" and self.radius > 0
         self._need("anneal_m", grows or not self.anneal_m, "false, as no radius grows without interval loss and eps")
         self._need("std", len(self.std) == len(self.mean), "as many numbers as mean")
@@ -108,13 +175,15 @@ class Recipe:
                 self.parametrize(nn.Linear(1, 1, bias=False))
         except ParametrizationError as error:
             raise RecipeError(f"options: {error}") from error
-        if not issubclass(parametrization_named(self.parametrization), Contraction):
+        contracts = issubclass(parametrization_named(self.parametrization), Contraction)
+        self._need("constrained", self.explicit or not self.constrained, "false without explicit")
+        self._need("constrained", contracts or not self.constrained, f"false with {self.parametrization}")
+        if not contracts and not self.explicit:
             wanted = f'"cross-entropy" with {self.parametrization}, which has no gauge for intervals to converge by'
             self._need("loss", self.loss != "interval", wanted)
 
     def _need(self, key: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise RecipeError(f"{key}: expected {wanted}; got {getattr(self, key)!r}")
+        need(key, getattr(self, key), holds, wanted)
 
     @property
     def radius(self) -> float:
@@ -128,8 +197,11 @@ class Recipe:
 
     def toml(self) -> str:
         """The recipe in full, every default spelled out."""
-        lines = [f"{f.name} = {_toml(getattr(self, f.name))}" for f in fields(self) if f.name != "options"]
-        lines += ["", "[options]", *(f"{key} = {_toml(value)}" for key, value in self.all_options().items())]
+        values = asdict(self) | {"options": self.all_options()}
+        lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
+        for table, inner in values.items():
+            if isinstance(inner, dict):
+                lines += ["", f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in inner.items())]
         return "\n".join(lines) + "\n"
 
     def all_options(self) -> dict[str, Any]:
@@ -151,6 +223,10 @@ class Recipe:
         accepted = _settings(register)
         return register(layer, **{key: value for key, value in self.all_options().items() if key in accepted})
 
+    def fusion(self, layer: nn.Module) -> nn.Module:
+        """The ``W`` of the recipe's model from a fresh layer: parametrized, but for a free twin's."""
+        return self.parametrize(layer) if self.constrained or not self.explicit else layer
+
     def _defaults(self) -> dict[str, Any]:
         return _settings(architecture_named(self.architecture)) | _settings(
             parametrization_named(self.parametrization).register
@@ -160,7 +236,7 @@ class Recipe:
 def _settings(function: Callable[..., nn.Module]) -> dict[str, int | float]:
     """The arguments of a function that have a number for their default."""
     accepted = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in accepted if isinstance(p.default, (int, float))}
+    return {p.name: p.default for p in accepted if type(p.default) in (int, float)}
 
 
 def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -200,22 +276,37 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values, every key and type checked."""
-    types = typing.get_type_hints(Recipe)
+    return Recipe(**_checked(values, Recipe, ""))
+
+
+def _checked(values: Mapping[str, Any], table: type, prefix: str) -> dict[str, Any]:
+    """The keys of a recipe or of one of its tables, checked."""
+    types = typing.get_type_hints(table)
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in types:
             near = get_close_matches(key, types, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(types)}"
-            raise RecipeError(f"{key}: no such key{hint}")
-        checked[key] = _typed(key, value, types[key])
-    return Recipe(**checked)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; the keys are {', '.join(types)}"
+            raise RecipeError(f"{prefix}{key}: no such key{hint}")
+        checked[key] = _typed(prefix + key, value, types[key])
+    return checked
 
 
 def _typed(key: str, value: Any, wanted: Any) -> Any:
+    if isinstance(wanted, type) and is_dataclass(wanted):
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{key}: expected a table [{key}]; got {value!r}")
+        return wanted(**_checked(value, wanted, f"{key}."))
+    if wanted == Ramped:
+        if not isinstance(value, (list, tuple)):
+            return _typed(key, value, float)
+        if len(value) != 2:
+            raise RecipeError(f"{key}: expected a number, or two: at radius 0 and at the last one; got {value!r}")
+        return tuple(_typed(f"{key}[{i}]", item, float) for i, item in enumerate(value))
     origin = typing.get_origin(wanted)
     if origin is None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key == "eps" and number:
+        if key in ("eps", "validation.eps") and number:
             return repr(value)
         if wanted is float and number:
             return float(value)
