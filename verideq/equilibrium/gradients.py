@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from verideq.equilibrium.operators import Convolution, Dense
 from verideq.equilibrium.solvers import Auto, Solution, Solver, Step, fixed_point
 from verideq.errors import InputError
 
@@ -86,13 +87,11 @@ def differentiable(
         return z
 
     solver = replace(gradient.solver, max_steps=gradient.steps) if gradient.steps else gradient.solver
-
-    def settled(solution: Solution) -> Solution:
-        return solution.check("the adjoint (backward pass)") if throw and not gradient.steps else solution
+    throw = throw and not gradient.steps
 
     def adjoint(upstream: Tensor) -> Tensor:
         if splitting is not None:
-            return settled(splitting(value > 0, upstream, solver)).value
+            return _checked(splitting(value > 0, upstream, solver), throw).value
         with torch.enable_grad():
             at = value.detach().requires_grad_()
             image = frozen(at)
@@ -102,10 +101,93 @@ def differentiable(
             return (pulled + upstream).movedim(0, 1)[None]
 
         # A gradient has no radius to keep nonnegative: centre and radius are solved as one part.
-        return settled(fixed_point(pull, upstream.movedim(0, 1)[None], solver)).value[0].movedim(1, 0)
+        solution = fixed_point(pull, upstream.movedim(0, 1)[None], solver)
+        return _checked(solution, throw).value[0].movedim(1, 0)
 
     result: Tensor = _Adjoint.apply(step(value), adjoint)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
+
+
+def settled_value(
+    value: Tensor, injection: Tensor, operators: tuple[Dense | Convolution, ...], gradient: Implicit, throw: bool
+) -> Tensor:
+    """What `differentiable` gives for an undamped layer whose ``W`` is stored as it is, for fewer products.
+
+    The derivative of the last step is read off the solution: a unit of a point is active or not; one of a pair is
+    active (``c > r``), inactive (0), or cut by zero (``c = r``, half of the upper end). So no step is taken again for
+    the sake of its derivative; a step of the adjoint is one product a part, and so is the gradient of the weights.
+
+    Args:
+        value: the equilibrium, (parts, batch, *features), detached.
+        injection: likewise, tracked.
+        operators: ``W``, and for a pair ``|W|`` too, tracked.
+        gradient: how to solve the adjoint.
+        throw: see `differentiable`.
+    """
+
+    def adjoint(upstream: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        stored = [op.map(lambda _, w=w: w) for op, w in zip(operators, weights, strict=True)]  # type: ignore[misc]  # a default argument
+        transposed = [op.transpose() for op in stored]
+
+        def pull(y: Tensor) -> Tensor:
+            parts = _rectified(value, y)
+            return torch.stack([t.apply(part) for t, part in zip(transposed, parts, strict=True)]).add_(upstream)
+
+        y = upstream
+        if gradient.steps:
+            for _ in range(gradient.steps):
+                y = pull(y)
+        else:
+            # A gradient has no radius to keep nonnegative: centre and radius are solved as one part.
+            def joint(y: Tensor) -> Tensor:
+                return pull(y[0].movedim(1, 0)).movedim(0, 1)[None]
+
+            solution = fixed_point(joint, upstream.movedim(0, 1)[None], gradient.solver)
+            y = _checked(solution, throw).value[0].movedim(1, 0)
+        g = _rectified(value, y)
+        pairs = zip(stored, value, g, strict=True)
+        return (torch.stack(g), *(op.weight_gradient(z, part) for op, z, part in pairs))
+
+    weights = [op.weight for op in operators]
+    result: Tensor = _Settled.apply(value, adjoint, injection, *weights)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
+
+
+def _rectified(value: Tensor, y: Tensor) -> list[Tensor]:
+    """The derivative of the ReLU at the solution, transposed, part by part."""
+    if len(value) == 1:
+        return [torch.where(value[0] > 0, y[0], 0.0)]
+    center, radius = value
+    active = center > radius
+    # Where the upper end alone is positive, it is the sum of both, and each part is its half.
+    half = (y[0] + y[1]).mul_(0.5).mul_((center == radius) & (center > 0))
+    return [torch.where(active, part, half) for part in y]
+
+
+def _checked(solution: Solution, throw: bool) -> Solution:
+    return solution.check("the adjoint (backward pass)") if throw else solution
+
+
+class _Settled(torch.autograd.Function):
+    """A solved value as a function of its injection and its weights."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, adjoint: Any, injection: Tensor, *weights: Tensor) -> Tensor:
+        ctx.adjoint = adjoint
+        ctx.save_for_backward(*weights)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second()
+        return (None, None, *ctx.adjoint(upstream, ctx.saved_tensors))
+
+
+def _refuse_second() -> None:
+    if torch.is_grad_enabled():  # torch's once_differentiable lets this pass where an input is a leaf
+        raise RuntimeError(
+            "an implicit gradient cannot be differentiated twice (create_graph=True); use a Phantom gradient"
+        )
 
 
 class _Adjoint(torch.autograd.Function):
@@ -118,8 +200,5 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():  # torch's once_differentiable lets this pass where an input is a leaf
-            raise RuntimeError(
-                "an implicit gradient cannot be differentiated twice (create_graph=True); use a Phantom gradient"
-            )
+        _refuse_second()
         return ctx.adjoint(upstream), None

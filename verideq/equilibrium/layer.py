@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from verideq.equilibrium.gradients import Gradient, Implicit, Phantom, differentiable
+from verideq.equilibrium.gradients import Gradient, Implicit, Phantom, differentiable, settled_value
 from verideq.equilibrium.monotone import Monotone
-from verideq.equilibrium.operators import Operator, operator_of
+from verideq.equilibrium.operators import Convolution, Dense, Operator, operator_of
 from verideq.equilibrium.solvers import (
     DAMPING,
     Anderson,
@@ -241,6 +241,10 @@ class Equilibrium(nn.Module):
             splitting = splitting or _split(given, gradient.solver)
             system = system if splitting is None else given
             gradient = replace(gradient, solver=_rescaled(gradient.solver, system))
+            operator = system.operator
+            if splitting is None and system.alpha == 1 and isinstance(operator, (Dense, Convolution)):
+                operators = (operator,) if len(injection) == 1 else (operator, operator.absolute())
+                return settled_value(solution.value, system.injection, operators, gradient, self.throw)
         frozen = system.map(Tensor.detach)
         pull = None if splitting is None else splitting.pull
         return differentiable(solution.value, system.stepper(), frozen.stepper(), gradient, self.throw, pull)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from verideq.errors import ModelError
@@ -105,6 +106,10 @@ class Dense:
     def map(self, change: Callable[[Tensor], Tensor]) -> Dense:
         return Dense(change(self.weight))
 
+    def weight_gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        """The gradient of ``<y, W z>`` for the stored weight, without working out ``W z``."""
+        return y.T @ z
+
     def solved(self) -> tuple[Dense, Tensor]:
         kept, factor = _own(self.weight, self.weight.diagonal())
         weight = self.weight * factor[:, None]
@@ -192,6 +197,14 @@ class Convolution:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Convolution:
         return self._with(change(self.weight))
+
+    def weight_gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        """The gradient of ``<y, W z>`` for the stored weight, without working out ``W z``."""
+        padding = self._symmetric
+        if padding is None:
+            z, padding = self._pad(z), (0, 0)
+        gradient: Tensor = conv2d_weight(z, self.weight.shape, y, 1, padding, self.dilation, self.groups)  # type: ignore[no-untyped-call]  # torch's
+        return gradient
 
     def solved(self) -> tuple[Convolution, Tensor]:
         # At a border a padded copy of a pixel may be read as well as the pixel itself; that share stays in W̃, which is

@@ -23,8 +23,8 @@ def bound_penalty(one: Pass, boxes: Mapping[str, Box], threshold: float) -> Tens
         L_relu  = 1/(m τ) Σ_i max(0, τ - a_i) + max(0, τ - v_i)
 
     ``a`` compares the mean of the active and of the inactive units, ``v`` their spread: the smaller of ``q`` and
-    ``1/q`` for ``q = Σ_{l>0} c / -Σ_{u<0} c`` and ``q = Σ_{l>0} (c - c̄)² / Σ_{u<0} (c - c̄)²``. Where one side has no unit the
-    term is dropped.
+    ``1/q`` for ``q = Σ_{l>0} c / -Σ_{u<0} c`` and ``q = Σ_{l>0} (c - c̄)² / Σ_{u<0} (c - c̄)²``. Where one side has no
+    unit the term is dropped.
 
     Args:
         one: after `Pass.run`.
