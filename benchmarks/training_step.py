@@ -56,9 +56,11 @@ class Case:
 
 
 CASES = {
-    "deq-3": Case("mnist-deq-3.toml", 16, 40, 9, 2.5),
-    "deq-3 at 1e-5": Case("mnist-deq-3.toml", 16, 40, 9, 2.5, ("tol=1e-5",)),
-    "deq-7": Case("mnist-deq-7.toml", 16, 40, 9, 2.0),
+    "deq-3": Case("mnist-deq-3.toml", 8, 60, 9, 2.5),
+    "deq-3, 1e-3": Case("mnist-deq-3.toml", 8, 60, 9, 2.5, ("tol=1e-3",)),
+    "deq-3, 1e-5, exact": Case("mnist-deq-3.toml", 8, 60, 9, 2.5, ("tol=1e-5", "backward_steps=0")),
+    "deq-7": Case("mnist-deq-7.toml", 8, 60, 9, 2.0),
+    "deq-7, 1e-5, exact": Case("mnist-deq-7.toml", 8, 60, 9, 2.0, ("tol=1e-5", "backward_steps=0")),
     "small": Case("mnist.toml", 128, 200, 25, 2.0),
 }
 
@@ -135,6 +137,7 @@ def measure(case: Case, *, quick: bool) -> dict[str, Any]:
         "solver_steps": models[0].trainer.solver_steps,
         "batch": case.batch,
         "tol": recipe.tol,
+        "backward_steps": recipe.backward_steps,
         "data": data.name,
     }
 

@@ -383,7 +383,7 @@ def test_the_loss_falls_and_the_radius_rises(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_a_run(whole: Path) -> None:
-    names = {"recipe.toml", "log.jsonl", "log.csv", "checkpoint.safetensors", "model.safetensors"}
+    names = {"recipe.toml", "log.jsonl", "log.csv", "diagnosis.json", "checkpoint.safetensors", "model.safetensors"}
     assert {path.name for path in whole.iterdir()} == names
     assert read_recipe(whole / "recipe.toml") == make_recipe({**SMALL, "options": make_recipe(SMALL).all_options()})
     model = load_model(whole / "model.safetensors")

@@ -28,6 +28,7 @@ from verideq.certify.method import TOLERANCE, Prepared, prepare
 from verideq.certify.summary import summarise
 from verideq.certify.task import Task, specification
 from verideq.certify.verdict import Verdict
+from verideq.distributed import ALONE, World
 from verideq.errors import InconsistencyError, ResumeError
 from verideq.graph import model_hash
 from verideq.region import Region
@@ -148,43 +149,65 @@ class Run:
         }
 
     def execute(
-        self, *, resume: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        *,
+        resume: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        world: World = ALONE,
     ) -> dict[str, Any]:
         """Work out every sample, write the folder, and return the summary.
 
         Args:
             resume: go on with what the folder holds.
-            progress: called with the lines done and the lines in all.
+            progress: called with the lines done and the lines in all, in the process that leads.
+            world: processes that share the work: each takes the chunk of its rank out of every `world.size`, and the
+                one that leads writes them in their order, so that the folder is that of one process.
 
         Raises:
             ResumeError: the folder holds a run and `resume` is not set, or it is another run.
             InconsistencyError: an attack broke a certified sample; the evidence is in ``inconsistency/``.
         """
-        meta = self._open(resume)
         results = self.folder / "results.jsonl"
+
+        def begin() -> tuple[dict[str, Any], int]:
+            meta = self._open(resume)
+            chunks = list(self._chunks(meta["batch_size"]))
+            return meta, self._keep_whole_chunks(results, chunks) if resume else 0
+
+        meta, done = world.lead(begin)
         chunks = list(self._chunks(meta["batch_size"]))
-        done = self._keep_whole_chunks(results, chunks) if resume else 0
         total = len(self.questions.indices) * len(self.questions.eps)
         written = sum(len(chunk) for chunk in chunks[:done]) * len(self.questions.eps)
-        progress(written, total)
-        if done < len(chunks):
-            prepared = prepare(self.model, self.device)
-            with results.open("a", encoding="utf-8") as stream:
-                for chunk in chunks[done:]:
-                    verdicts = list(self._work(prepared, chunk))
-                    places = self._keep_certificates(prepared, [verdict for _, verdict in verdicts])
-                    lines = [
-                        json.dumps(self._line(index, verdict, place), allow_nan=False) + "\n"
-                        for (index, verdict), place in zip(verdicts, places, strict=True)
-                    ]
-                    stream.write("".join(lines))
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                    written += len(lines)
-                    progress(written, total)
-        summary = summarise(read_results(results), meta)
-        write_json(self.folder / "summary.json", summary)
-        return summary
+        if world.leads:
+            progress(written, total)
+        prepared = prepare(self.model, self.device) if done < len(chunks) else None
+        while prepared is not None and done < len(chunks):
+            mine = chunks[done : done + world.size][world.rank : world.rank + 1]
+            verdicts = [list(self._work(prepared, chunk)) for chunk in mine]
+            for found in (part for parts in world.collect(verdicts) for part in parts):
+                self._write(prepared, results, found)
+                written += len(found)
+                progress(written, total)
+            done += world.size
+
+        def finish() -> dict[str, Any]:
+            summary = summarise(read_results(results), meta)
+            write_json(self.folder / "summary.json", summary)
+            return summary
+
+        return world.lead(finish)
+
+    def _write(self, prepared: Prepared, results: Path, verdicts: list[tuple[int, Verdict]]) -> None:
+        """Append the lines of a chunk, and its certificates."""
+        places = self._keep_certificates(prepared, [verdict for _, verdict in verdicts])
+        lines = [
+            json.dumps(self._line(index, verdict, place), allow_nan=False) + "\n"
+            for (index, verdict), place in zip(verdicts, places, strict=True)
+        ]
+        with results.open("a", encoding="utf-8") as stream:
+            stream.write("".join(lines))
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def _open(self, resume: bool) -> dict[str, Any]:
         path, meta = self.folder / "run.json", self.meta()

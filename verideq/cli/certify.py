@@ -27,6 +27,7 @@ from verideq.cli.options import (
     use_threads,
 )
 from verideq.data import Dataset, load, parse_indices
+from verideq.distributed import World, joined
 from verideq.errors import DataError, InputError
 from verideq.graph import trace
 from verideq.region import Region, check_images, check_norm, parse_eps
@@ -91,15 +92,18 @@ def certify(
     questions = _questions(dataset, data, chosen, network, eps or ["0.02", "0.05", "0.1"], check_norm(norm))
     if resume and out is None:
         raise InputError("--resume needs the folder of the run: --out DIR")
-    folder = out or Path("runs") / f"{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    fresh = Path("runs") / f"{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
     tolerance = parse_eps(deployed_tolerance, "--deployed-tolerance")
     budget = Budget(method, attack, timeout=timeout, seed=seed, radius=radius, check=not no_check, tolerance=tolerance)
-    run = Run(folder, network, name, questions, budget, batch_size, choose_device(device), certificates, sys.argv)
-    try:
-        summary = _execute(run, resume, quiet=as_json)
-    except KeyboardInterrupt:
-        raise Interrupted(folder) from None
-    return _finish(summary, dataset, folder, as_json)
+    with joined(choose_device(device)) as (world, place):
+        folder = world.lead(lambda: out or fresh)
+        run = Run(folder, network, name, questions, budget, batch_size, place, certificates, sys.argv)
+        try:
+            summary = _execute(run, resume, world, quiet=as_json)
+        except KeyboardInterrupt:
+            raise Interrupted(folder) from None
+    failed = any(result["error"] for result in summary["results"])
+    return _finish(summary, dataset, folder, as_json) if world.leads else int(failed)
 
 
 def _questions(dataset: Dataset, path: str, chosen: list[int], network: Any, eps: list[str], norm: str) -> Questions:
@@ -128,11 +132,11 @@ def _questions(dataset: Dataset, path: str, chosen: list[int], network: Any, eps
     )
 
 
-def _execute(run: Run, resume: bool, *, quiet: bool) -> dict[str, Any]:
+def _execute(run: Run, resume: bool, world: World, *, quiet: bool) -> dict[str, Any]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    bar = Progress(*columns, console=Console(stderr=True, emoji=False), disable=quiet)
+    bar = Progress(*columns, console=Console(stderr=True, emoji=False), disable=quiet or not world.leads)
     task = bar.add_task("certifying", total=None)
 
     def show(done: int, total: int) -> None:
@@ -140,7 +144,7 @@ def _execute(run: Run, resume: bool, *, quiet: bool) -> dict[str, Any]:
         bar.update(task, completed=done, total=total)
 
     try:
-        return run.execute(resume=resume, progress=show)
+        return run.execute(resume=resume, progress=show, world=world)
     finally:
         if bar.live.is_started:
             bar.stop()

@@ -15,12 +15,22 @@ from verideq.errors import InputError
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders of verideq certify.", metavar="DIR...")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Run folders of verideq certify, or of verideq train.", metavar="DIR...")
+    ],
     out: Annotated[Path | None, typer.Option(help="The file to write.", metavar="FILE")] = None,
 ) -> int:
     """Draw report.html again from a run's files, or several runs side by side."""
     from verideq.report.html import write_report  # matplotlib takes a second to load
+    from verideq.report.training import is_training, write_training_report
 
+    trained = [is_training(folder) for folder in folders]
+    if any(trained):
+        if not all(trained):
+            certified = folders[trained.index(False)]
+            raise InputError(f"{certified} is no training run, as the others are; draw the two kinds apart")
+        typer.echo(str(write_training_report(*folders, out=out)))
+        return 0
     typer.echo(str(write_report(folders, _images, out)))
     return 0
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from verideq.cli.options import Device, Interrupted, Json, Threads, choose_device, use_threads
+from verideq.distributed import joined
 from verideq.training import Trainer, read_recipe
 
 
@@ -30,7 +31,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Train a model so that it can be certified; a checkpoint every epoch."""
+    """Train a model so that it can be certified; with torchrun, in several processes."""
     extra = [f"data={json.dumps(data)}"] * (data is not None) + [f"seed={seed}"] * (seed is not None)
     chosen = read_recipe(recipe, [*(settings or []), *extra])
     if show:
@@ -38,13 +39,23 @@ def train(
         return 0
     use_threads(threads)
     folder = out or Path("runs") / recipe.stem
-    trainer = Trainer(chosen, folder, choose_device(device), resume=resume)
-    console = Console(stderr=True, highlight=False, emoji=False, quiet=as_json)
-    console.print(f"{len(trainer.data)} samples, {trainer.steps} steps an epoch, {chosen.epochs} epochs; {folder}")
+    with joined(choose_device(device)) as (world, place):
+        _train(Trainer(chosen, folder, place, resume=resume, world=world), as_json=as_json)
+    return 0
+
+
+def _train(trainer: Trainer, *, as_json: bool) -> None:
+    recipe, folder, world = trainer.recipe, trainer.folder, trainer.world
+    console = Console(stderr=True, highlight=False, emoji=False, quiet=as_json or not world.leads)
+    together = f" in each of {world.size} processes" if world.size > 1 else ""
+    held = "" if trainer.held_out is None else f", {len(trainer.held_out)} held out"
+    console.print(
+        f"{len(trainer.data)} samples{held}, {trainer.steps} steps an epoch{together}, {recipe.epochs} epochs; {folder}"
+    )
     last: dict[str, Any] = {}
-    short = chosen.loss == "interval" and chosen.epochs < chosen.natural_epochs + chosen.ramp_epochs
+    short = recipe.loss == "interval" and recipe.epochs < recipe.natural_epochs + recipe.ramp_epochs
     warning = (
-        f"warning: the epochs end before the ramp of eps does, at {chosen.last_radius:.3g} of {chosen.radius:.3g}; set "
+        f"warning: the epochs end before the ramp of eps does, at {recipe.last_radius:.3g} of {recipe.radius:.3g}; set "
         "epochs or ramp_epochs for a model that is trained to be certified"
     )
     if short:
@@ -52,21 +63,34 @@ def train(
 
     def report(line: dict[str, Any]) -> None:
         last.update(line)
-        uncertified = line["train_interval_error"]
-        bounds = "" if uncertified is None else f"uncertified {uncertified:6.2%}  "
-        console.print(
-            f"epoch {line['epoch']:>3}/{chosen.epochs}  eps {line['eps']:<8.3g}  loss {line['loss']:<8.3g} "
-            f"error {line['train_error']:6.2%}  {bounds}{line['seconds']:.1f} s"
-        )
+        console.print(_progress(line, recipe.epochs), soft_wrap=True)
 
     try:
         path = trainer.run(report=report)
     except KeyboardInterrupt:
         raise Interrupted(folder) from None
+    if not world.leads:
+        return
+    from verideq.report.training import write_training_report  # matplotlib takes a second to load
+
+    page = write_training_report(folder)
     if as_json:
         typer.echo(json.dumps({"model": str(path), **last}))
-    else:
-        if short:
-            console.print(warning, style="yellow", soft_wrap=True)
-        console.print(f"{path}: the model; certify it: verideq certify {path} --data {chosen.data}", soft_wrap=True)
-    return 0
+        return
+    if short:
+        console.print(warning, style="yellow", soft_wrap=True)
+    console.print(f"{path}: the model; certify it: verideq certify {path} --data {recipe.data}", soft_wrap=True)
+    console.print(f"{page}: the curves", soft_wrap=True)
+
+
+def _progress(line: dict[str, Any], epochs: int) -> str:
+    """One epoch as a line of the terminal."""
+    parts = [f"epoch {line['epoch']:>3}/{epochs}", f"eps {line['eps']:<8.3g}", f"loss {line['loss']:<8.3g}"]
+    parts += [f"error {line['train_error']:6.2%}"]
+    if line["train_interval_error"] is not None:
+        parts += [f"uncertified {line['train_interval_error']:6.2%}"]
+    if line["validation_error"] is not None:
+        parts += [f"held out: error {line['validation_error']:6.2%}"]
+    if line["validation_interval_error"] is not None:
+        parts += [f"uncertified {line['validation_interval_error']:6.2%}"]
+    return "  ".join([*parts, f"{line['solver_steps']} steps", f"{line['seconds']:.1f} s"])

@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 INK, GRID = "#fe00a0", "#fe00b0"
 SERIES = tuple(f"#fe000{i}" for i in range(1, 7))
-"""Stand-ins that `_svg` replaces by the page's own colours."""
+"""Stand-ins that `svg_of` replaces by the page's own colours."""
 
 COLOURS = len(SERIES)
 QUANTITIES = {"clean": ("s", ":"), "attacked": ("^", "--"), "certified": ("o", "-")}
@@ -34,7 +34,7 @@ def colour_of(run: int, quantity: str, runs: int) -> int:
 
 def accuracy_plot(runs: Sequence[Run]) -> str:
     """Clean, attacked and certified accuracy against eps, with 95 % bands, or bars where a run has one eps."""
-    figure, (axes,) = _figure([2.6])
+    figure, (axes,) = figure_of([2.6])
     radii = sorted({float(r["eps"]) for run in runs for r in run.summary["results"]})
     span = (radii[-1] - radii[0]) or radii[0] or 1.0
     curves = [
@@ -66,7 +66,7 @@ def accuracy_plot(runs: Sequence[Run]) -> str:
     axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_xlabel("radius eps")
     axes.set_ylabel("accuracy in %")
-    return _svg(figure, "accuracy", "Clean, attacked and certified accuracy against the radius")
+    return svg_of(figure, "accuracy", "Clean, attacked and certified accuracy against the radius")
 
 
 def margin_plot(runs: Sequence[Run]) -> str | None:
@@ -82,14 +82,14 @@ def margin_plot(runs: Sequence[Run]) -> str | None:
     panels = {eps: values for eps, values in panels.items() if any(map(len, values))}
     if not panels:
         return None
-    figure, grid = _figure([1.5 if len(panels) == 1 else 1.0] * len(panels))
+    figure, grid = figure_of([1.5 if len(panels) == 1 else 1.0] * len(panels))
     for axes, (eps, values) in zip(grid, panels.items(), strict=True):
         edges = _edges(np.concatenate(values))
         _histogram(axes, [v.clip(edges[0], edges[-1]) for v in values], edges)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_title(f"eps {eps_text(eps)}", loc="left", fontsize=10, color=INK)
     grid[-1].set_xlabel("proved margin (right of the line: certified)")
-    return _svg(figure, "margins", "Histograms of the proved margins")
+    return svg_of(figure, "margins", "Histograms of the proved margins")
 
 
 def step_plot(runs: Sequence[Run]) -> str | None:
@@ -101,15 +101,15 @@ def step_plot(runs: Sequence[Run]) -> str | None:
     # Whole numbers: every bar holds the same number of them.
     width = int(np.ceil((np.ptp(pooled) + 1) / 30))
     edges = np.arange(pooled.min() - 0.5, pooled.max() + 0.5 + width, width)
-    figure, (axes,) = _figure([2.6])
+    figure, (axes,) = figure_of([2.6])
     _histogram(axes, values, edges)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.set_xlabel("solver steps")
     axes.set_ylabel("samples")
-    return _svg(figure, "steps", "Histogram of the solver steps")
+    return svg_of(figure, "steps", "Histogram of the solver steps")
 
 
-def _figure(heights: list[float]) -> tuple[Figure, list[Axes]]:
+def figure_of(heights: list[float]) -> tuple[Figure, list[Axes]]:
     """A figure, 4.6 inches wide so that it stays legible on a phone, with one panel a height (in inches)."""
     figure = Figure(figsize=(4.6, sum(heights) + 0.5), layout="constrained")
     grid = figure.subplots(len(heights), 1, squeeze=False)[:, 0].tolist()
@@ -147,7 +147,7 @@ def _histogram(axes: Axes, values: Sequence[Floats], edges: Floats) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def svg_of(figure: Figure, name: str, label: str) -> str:
     """The figure as an `<svg>` element: the same bytes every time, ids of its own, the colours of the page."""
     out = StringIO()
     # Text stays text: the page's font, selectable, and a third of the size.

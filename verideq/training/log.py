@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verideq.training.distributed import World
+from verideq.distributed import World
 from verideq.training.objective import Terms
 
 Epoch = dict[str, Any]

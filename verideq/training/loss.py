@@ -16,10 +16,10 @@ from torch.nn.utils import parametrize
 
 from verideq.box import Box
 from verideq.certify.interval import RULES, Arithmetic
+from verideq.distributed import ALONE, World
 from verideq.equilibrium import Equilibrium
 from verideq.errors import ConvergenceError, ModelError
 from verideq.graph import INPUT, Graph, Node
-from verideq.training.distributed import ALONE, World
 
 Map = Callable[[Tensor], Tensor]
 HALVES = ("conv2d", "linear")

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 
 from verideq.box import Box
 from verideq.data.dataset import Clip
+from verideq.distributed import ALONE, World
 from verideq.graph import INPUT, Graph
 from verideq.training.adjoint import adjoint_margins, adjoint_sum
-from verideq.training.distributed import ALONE, World
 from verideq.training.loss import Pass, uncertified
 from verideq.training.penalties import bound_penalty, jacobian_penalty, l1_penalty
 from verideq.training.points import attacked, small_box

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import verideq
+from verideq.certify.run import write_json
 from verideq.data import Dataset, load
+from verideq.distributed import ALONE, World
 from verideq.equilibrium import Anderson, Auto, Equilibrium, Gradient, Implicit, Phantom, Picard, Solution, Solver
 from verideq.errors import ConvergenceError, DivergenceError, ParametrizationError, RecipeError, ResumeError
 from verideq.graph import Normalize, save_model, trace
@@ -25,7 +27,7 @@ from verideq.parametrizations import annealed_m, set_m
 from verideq.region import parse_eps, round_down
 from verideq.training.augment import augmented
 from verideq.training.checkpoint import read_checkpoint, restore, write_checkpoint
-from verideq.training.distributed import ALONE, World
+from verideq.training.diagnosis import SAMPLES, diagnose
 from verideq.training.log import Epoch, Log, Sums, line_of
 from verideq.training.loss import Pass, uncertified
 from verideq.training.objective import Objective
@@ -70,8 +72,8 @@ def _gradient(recipe: Recipe) -> Gradient:
 class Trainer:
     """One training run in one folder.
 
-    The folder gets ``recipe.toml``, ``log.jsonl`` and ``log.csv`` (a line an epoch), ``checkpoint.safetensors`` and in
-    the end ``model.safetensors``.
+    The folder gets ``recipe.toml``, ``log.jsonl`` and ``log.csv`` (a line an epoch), ``diagnosis.json``,
+    ``checkpoint.safetensors`` and in the end ``model.safetensors``.
 
     Args:
         recipe: what to do.
@@ -140,6 +142,8 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "recipe.toml").write_text(self.recipe.toml(), encoding="utf-8")
             log.cut(self.epoch)
+            if self.epoch == 0 and self.sums.steps == 0:
+                self._diagnose("drawn")
         while self.epoch < self.recipe.epochs:
             line = self._train_epoch()
             self.epoch, self.sums = self.epoch + 1, Sums()
@@ -152,6 +156,7 @@ class Trainer:
         self.model.input_shape, self.model.pixel_range = self.data.input_shape, self.data.clip  # type: ignore[assignment]  # torch types attributes as modules or tensors
         if self.world.leads:
             with self.averaged():
+                self._diagnose("trained")
                 save_model(self.model.cpu(), path)
         self.world.wait()
         return path
@@ -294,6 +299,16 @@ class Trainer:
 
     def _observe(self, solution: Solution) -> None:
         self.solver_steps = max(self.solver_steps, int(solution.steps.max()))
+
+    def _diagnose(self, moment: str) -> None:
+        """``diagnosis.json``: what the papers draw, as the weights were drawn and as they are in the end."""
+        if self.recipe.radius == 0:
+            return
+        path = self.folder / "diagnosis.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() and moment == "trained" else {}
+        images, _ = self._inputs(self.data, torch.arange(min(SAMPLES, len(self.data))))
+        found = diagnose(self.model, images, self.objective.box(images, self.recipe.radius))
+        write_json(path, {**before, moment: found})
 
     def _diverged(self, step: int, what: str, remedy: str) -> DivergenceError:
         kept = f"; {self.checkpoint} is from before" if self.checkpoint.exists() else ""

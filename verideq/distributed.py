@@ -1,23 +1,26 @@
-"""Several processes that train one model, each on its part of every batch: the sums that they share.
+"""Several processes that do one thing together: the sums and objects that they share. ``torchrun`` starts them.
 
-``torchrun`` starts the processes. What couples the samples of a batch (its mean loss, the statistics of batch norm and
-of the penalties) is summed over all of them, with gradients, so that the step is that of one process on the whole
-batch, up to the order of summation.
+In training each takes its part of every batch. What couples the samples of a batch (its mean loss, the statistics of
+batch norm and of the penalties) is summed over all of them, with gradients, so that the step is that of one process on
+the whole batch, up to the order of summation.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from verideq.errors import InputError
+from verideq.errors import InputError, VerideqError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,6 @@ class World:
         dist.all_reduce(summed)
         return dict(zip(values, (summed / self.size).tolist(), strict=True))
 
-    def gather(self, x: Tensor) -> Tensor:
-        """The parts of all processes in the order of their ranks, without gradients."""
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the processes, in one message."""
@@ -90,6 +85,33 @@ class World:
         for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
+    def lead(self, work: Callable[[], Result]) -> Result:
+        """Let the leading process do something, and have its result in all of them.
+
+        Raises:
+            VerideqError: in every process what was raised in the leading one.
+        """
+        if self.size == 1:
+            return work()
+        box: list[Any] = [None]
+        if self.leads:
+            try:
+                box = [work()]
+            except VerideqError as error:
+                box = [error]
+        dist.broadcast_object_list(box, 0)
+        if isinstance(box[0], VerideqError):
+            raise box[0]
+        return cast(Result, box[0])
+
+    def collect(self, mine: Result) -> list[Result]:
+        """What every process has, in the order of their ranks, in the leading one; nothing in the others."""
+        if self.size == 1:
+            return [mine]
+        found: list[Result | None] = [None] * self.size
+        dist.gather_object(mine, found if self.leads else None, 0)
+        return cast(list[Result], found) if self.leads else []
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
@@ -100,17 +122,23 @@ ALONE = World()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
+def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
     """The processes that ``torchrun`` started, joined while the block runs; one process alone without it.
 
     Args:
         device: where to compute: ``gloo`` carries the messages between CPUs, ``nccl`` those between GPUs.
+
+    Returns:
+        the processes, and the device of this one: of several GPUs its own.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield ALONE, device
         return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), str(device))
+        yield World(dist.get_rank(), dist.get_world_size(), str(device)), device
     finally:
         dist.destroy_process_group()
