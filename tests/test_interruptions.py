@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+
+from verideq.data import load
+from verideq.graph import load_model
 
 RECIPE = """
 data = "{data}"
@@ -136,10 +138,6 @@ def together(arguments: list[str], processes: int = 2) -> list[subprocess.Comple
     return results
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     """Up to the order of summation; the files are those of one run, written once."""
     # A learning rate at which rounding does not grow: Adam divides by the size of a gradient, however small that is.
@@ -149,11 +147,12 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     finish(command(path, tmp_path / "one"))
     for result in together(command(path, tmp_path / "two")):
         assert result.returncode == 0, result.stderr
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        scale = float(tensor.abs().max())
-        assert float((tensor - two[name]).abs().max()) <= 5e-3 * scale + 1e-6, name
+    # Weights that batch norm cancels have gradients of rounding alone, which Adam blows up: what is computed counts.
+    images = load("digits").scaled().float()
+    with torch.no_grad():
+        one, two = (load_model(tmp_path / name / "model.safetensors")(images) for name in ("one", "two"))
+    assert float((one - two).abs().max()) <= 1e-2 * float(one.abs().max())
+    assert float((one.argmax(1) == two.argmax(1)).double().mean()) > 0.99
     for mine, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for key, value in mine.items():
             assert theirs[key] == (None if value is None else pytest.approx(value, rel=2e-2, abs=2e-2)), key
