@@ -111,16 +111,35 @@ def refined(prepared: Prepared, query: Query, finish: Callable[[Stage], Bounds])
 
 
 def crossed(scene: Scene, query: Query) -> Best:
-    """Every row by every choice of slopes, until nothing of its sample is open."""
+    """All rows of the samples that intervals leave open by the first choice of slopes, open ones by the others too."""
     C = rows_of(query, scene)
     best = Best.interval(scene, C)
-    for slopes in SLOPES:
-        closed = query.closed(best.lower)
-        if bool(closed.all()):
+    left = (~query.closed(best.lower)).nonzero().flatten()
+    if not len(left) or not scene.relaxed:
+        return best
+    own = scene if len(left) == len(query) else scene.select(left)
+    lower, used = own.least({own.output: C[left].flatten(0, 1)}, rules(own, SLOPES[0]))
+    rows = torch.arange(C.shape[1], device=C.device)
+    i, k = left.repeat_interleave(len(rows)), rows.repeat(len(left))
+    best = best.improved(i, k, lower.flatten(), {name: g.flatten(0, 1) for name, g in used.items()})
+    for slopes in SLOPES[1:]:
+        i, k = opened(query, best.lower).nonzero().unbind(1)
+        if not len(i):
             break
-        lower, used = scene.least({scene.output: scene.start(C.flatten(0, 1))}, rules(scene, slopes))
-        best = best.or_better(torch.where(closed[:, None], -torch.inf, lower), used)
+        if 2 * len(i) < best.lower.numel():  # every row a sample of its own
+            own = scene.select(i)
+            lower, used = own.least({own.output: C[i, k]}, rules(own, slopes))
+        else:
+            lower, used = scene.least({scene.output: C.flatten(0, 1)}, rules(scene, slopes))
+            i, k = torch.ones_like(best.plain).nonzero().unbind(1)
+        best = best.improved(i, k, lower.flatten(), {name: g.flatten(0, 1) for name, g in used.items()})
     return best
+
+
+def opened(query: Query, lower: Tensor) -> Tensor:
+    """(samples, rows) the rows that need a better bound."""
+    wanted = ~query.closed(lower)[:, None].expand_as(lower)
+    return wanted if query.upper or query.rhs is None else wanted & ~(lower > query.rhs)
 
 
 def scene_of(prepared: Prepared, query: Query, steps: list[list[Step]] | None = None) -> tuple[Scene, Arithmetic]:
@@ -189,13 +208,14 @@ def tighten(scene: Scene, name: str, units: Tensor, wanted: Tensor) -> dict[str,
     row = known.pre.lower.new_zeros(*units.shape, known.pre.lower[0].numel())
     row.scatter_(2, places[:, :, None], torch.where(lower, 1.0, -1.0).to(row)[:, :, None])
     row = row.view(-1, *state)
-    start = {known.node.inputs[0]: scene.start(row)}
+    start = {known.node.inputs[0]: row}
     if known.operator is not None:
-        start[name] = known.pull_off(scene.start(row))
+        start[name] = known.off(row)
     bounds, used = scene.least(start, rules(scene, "adaptive"), tightened=name)
-    divisor = known.divisor().expand(1, *state).flatten()[places]
+    bounds = bounds - known.charge.on(scene.by_sample(row))
+    divisor, doubt = (x.expand(1, *state).flatten()[places] for x in (known.divisor(), known.doubt()))
     ends = bounds / divisor
-    ends = torch.where(wanted, ends - ends.abs() * 2.0**-50 - TINY, -torch.inf)
+    ends = torch.where(wanted, ends - ends.abs() * (2.0**-49 + 2 * doubt) - TINY, -torch.inf)
     flat = Box(known.pre.lower.flatten(1), known.pre.upper.flatten(1))
     least = torch.where(lower, ends, -torch.inf).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     most = torch.where(lower, torch.inf, -ends).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -243,19 +263,25 @@ class Best:
     @staticmethod
     def interval(scene: Scene, C: Tensor) -> Best:
         """The bound without multipliers."""
-        lower, _ = scene.least({scene.output: scene.start(C.flatten(0, 1))}, {})
+        lower, _ = scene.least({scene.output: C.flatten(0, 1)}, {})
         zeros = {name: lower.new_zeros(*lower.shape, *known.z.lower.shape[1:]) for name, known in scene.relaxed.items()}
         return Best(lower, zeros, torch.ones_like(lower, dtype=torch.bool))
 
-    def or_better(self, lower: Tensor, multipliers: dict[str, Tensor]) -> Best:
-        """Row by row the better of the two."""
-        better = lower > self.lower
-        chosen = {}
-        for name, g in self.multipliers.items():
-            new = multipliers.get(name)
-            mask = better.view(*better.shape, *[1] * (g.dim() - 2))
-            chosen[name] = torch.where(mask, torch.zeros_like(g) if new is None else new, g)
-        return Best(torch.where(better, lower, self.lower), chosen, self.plain & ~better)
+    def improved(self, i: Tensor, k: Tensor, lower: Tensor, multipliers: Mapping[str, Tensor]) -> Best:
+        """These with other bounds of rows `k` of samples `i` where they are better.
+
+        Args:
+            lower: (some,), as `i` and `k`.
+            multipliers: by node, (some, *state); none for a node is 0.
+        """
+        better = lower > self.lower[i, k]
+        place = i[better], k[better]
+        chosen = {
+            name: g.index_put(place, multipliers[name][better] if name in multipliers else torch.zeros_like(g[0, 0]))
+            for name, g in self.multipliers.items()
+        }
+        none = torch.zeros_like(place[0], dtype=torch.bool)
+        return Best(self.lower.index_put(place, lower[better]), chosen, self.plain.index_put(place, none))
 
     def step(self, i: int, rows: Sequence[int]) -> Step:
         """The multipliers of some rows of a sample."""

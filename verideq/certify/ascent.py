@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from verideq.box import TINY
-from verideq.certify.adjoint import ELEMENTS, Stage, refined, rows_of, rules
+from verideq.certify.adjoint import ELEMENTS, Stage, opened, refined, rows_of, rules
 from verideq.certify.backward import Rule, Scene, given, most
 from verideq.certify.method import Bounds, Prepared, Query
 from verideq.equilibrium import Auto
@@ -91,17 +91,8 @@ def ascended(stage: Stage, climb: Climb = Climb()) -> Stage:
         start = {name: g[i, k][:, None] for name, g in best.multipliers.items()}
         found = climbed(scene, C[i, k], start, goal, climb, query.deadline)
         lower, found = proved(scene, C[i, k], found)
-        whole = {name: torch.zeros_like(g) for name, g in best.multipliers.items()}
-        for name, g in found.items():
-            whole[name][i, k] = g[:, 0]
-        best = best.or_better(torch.full_like(best.lower, -torch.inf).index_put((i, k), lower), whole)
+        best = best.improved(i, k, lower, {name: g[:, 0] for name, g in found.items()})
     return replace(stage, best=best, witnesses=witnesses)
-
-
-def opened(query: Query, lower: Tensor) -> Tensor:
-    """(samples, rows) the rows that need a better bound."""
-    wanted = ~query.closed(lower)[:, None].expand_as(lower)
-    return wanted if query.upper or query.rhs is None else wanted & ~(lower > query.rhs)
 
 
 def spare(scene: Scene, C: Tensor) -> Tensor:
@@ -126,7 +117,7 @@ class Trial:
         """
         scene = replace(scene, rigorous=False)
         shown = rules(scene, "adaptive") if multipliers is None else multipliers
-        _, on_input, _ = scene.back({scene.output: scene.start(C)}, shown)
+        _, on_input, _ = scene.back({scene.output: C}, shown)
         points, values = scene.values[INPUT].center, torch.full_like(C[:, 0], torch.inf)
         for smooth in (0.0, BETWEEN):
             x = points if on_input is None else replace(scene, smooth=smooth).worst(on_input)
@@ -151,7 +142,7 @@ class Trial:
 def proved(scene: Scene, C: Tensor, multipliers: Multipliers) -> tuple[Tensor, Multipliers]:
     """Lower bounds, (rows,), by multipliers rounded to float32, and those."""
     stored = {name: given(g.float().to(g)) for name, g in multipliers.items()}
-    lower, used = replace(scene, rigorous=True).least({scene.output: scene.start(C)}, stored)
+    lower, used = replace(scene, rigorous=True).least({scene.output: C}, stored)
     return lower[:, 0], used
 
 
@@ -171,7 +162,7 @@ def climbed(
     scene, found, top = replace(scene, rigorous=False), dict(start), torch.full_like(goal, -torch.inf)
     goal = goal + spare(scene, C)
     # Steps need a length also where the best bound so far has no multipliers.
-    _, usual = scene.least({scene.output: scene.start(C)}, rules(scene, "adaptive"))
+    _, usual = scene.least({scene.output: C}, rules(scene, "adaptive"))
     walks = {name: _Walk.begin(scene, name, start[name], usual[name]) for name in usual}
     alive = torch.arange(len(C), device=C.device)
     for step in range(climb.steps if walks else 0):
@@ -196,7 +187,7 @@ def _slopes(scene: Scene, C: Tensor, walks: Mapping[str, _Walk]) -> tuple[Tensor
     """The bounds of rows, (rows,), and their smoothed gradients by node."""
     with torch.enable_grad():
         own = {name: walk.g.requires_grad_() for name, walk in walks.items()}
-        low, _ = scene.least({scene.output: scene.start(C)}, {name: given(g) for name, g in own.items()})
+        low, _ = scene.least({scene.output: C}, {name: given(g) for name, g in own.items()})
         slopes = torch.autograd.grad(low.sum(), list(own.values()))
     return low.detach()[:, 0], dict(zip(own, slopes, strict=True))
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from verideq.box import Box
-from verideq.certify.adjoint import ELEMENTS, Stage, refined, rows_of
-from verideq.certify.ascent import SPARE, Climb, Multipliers, Trial, ascended, climbed, opened, proved, spare
+from verideq.certify.adjoint import ELEMENTS, Stage, opened, refined, rows_of
+from verideq.certify.ascent import SPARE, Climb, Multipliers, Trial, ascended, climbed, proved, spare
 from verideq.certify.backward import Scene, given
 from verideq.certify.certificate import Proof, Split, Step, Then, Tree
 from verideq.certify.method import Bounds, Prepared, Query
@@ -308,11 +308,11 @@ class Branching:
             best = torch.maximum(best, score)
         if None in chosen and self.features <= FEATURES:
             _, rows, _ = replace(scene, rigorous=False).back(
-                {scene.output: scene.start(C)}, {name: given(g) for name, g in multipliers.items()}
+                {scene.output: C}, {name: given(g) for name, g in multipliers.items()}
             )
             box = scene.values[INPUT]
             width = box.width.flatten(1)
-            weight, unit = (width if rows is None else width * (rows.center.flatten(1).abs() + TIE)).max(1)
+            weight, unit = (width if rows is None else width * (rows.flatten(1).abs() + TIE)).max(1)
             middle = box.center.flatten(1)
             for place, cut in enumerate(chosen):
                 if cut is None and weight[place] > 0:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from verideq.box import Box
-from verideq.certify.backward import PULLS, Rows
+from verideq.certify.backward import PULLS
 from verideq.certify.certificate import Proof, Step, record
 from verideq.certify.enclosure import settled
 from verideq.certify.method import Bounds, Prepared, Query, states_of, strength
@@ -105,13 +105,14 @@ def _chain(
     graph: Graph, shapes: Mapping[str, tuple[int, ...]], rows: Tensor, start: str, stop: str
 ) -> tuple[Tensor, Tensor]:
     """Rows on one value as rows on an earlier one: (rows, features) and (rows,)."""
-    nodes, q, total = {node.name: node for node in graph.nodes}, Rows(rows, None), rows.new_zeros(len(rows))
+    nodes, total = {node.name: node for node in graph.nodes}, rows.new_zeros(len(rows))
     while start != stop:
         node = nodes[start]
-        q, shift = PULLS[node.operation.kind](node.module, q, shapes[node.inputs[0]], 1)
-        total = total if shift is None else total + shift[0]
-        start = node.inputs[0]
-    return q.center.flatten(1), total
+        pulled = PULLS[node.operation.kind](node.module, rows, shapes[node.inputs[0]])
+        for q, constants in pulled.gained:
+            total = total + (q * constants).flatten(1).sum(1)
+        rows, start = pulled.rows, node.inputs[0]
+    return rows.flatten(1), total
 
 
 @dataclass
