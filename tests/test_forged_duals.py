@@ -1115,6 +1115,37 @@ def test_cases_that_are_worked_out_together_are_as_good_as_alone(kind: str, calc
     assert together(kind, calc)
 
 
+def alike(calc: Arithmetic = FLOAT, numbers: int = quadratic.NUMBERS) -> bool:
+    """The same for quadratic duals on parts of a ball, so many numbers at a time."""
+    net, draw, x = rotation(), np.random.default_rng(3), np.array([0.375, 0.125])
+    arrays: Arrays = {}
+    ways: list[dict[str, Sequence[int]]] = [{"below": [0]}, {"above": [0]}]
+    for place in range(4):
+        arrays |= quadratic_arrays(net, draw, x, whole(draw, 2, 2), f"case/{place}/0", l2=False, **ways[place % 2])
+    halves = (split("e", 0, {"case": k}, {"case": k + 1}) for k in (0, 2))
+    trees = [{"rows": None, "tree": split("input", 0, *halves, at="3/8")}]
+    made = claimed(net, x, whole(draw, 2, 2), [0.0, 0.0], arrays, eps="1/64", cases=[[STEP]] * 4, trees=trees)
+    alone = [margin for _, _, margin, _ in parts(made, calc)]
+    checker = Checker(made.model, made.gauges, exact=isinstance(calc, Exact))
+    read = claim.read_claim(files.parse_blob(made.records[0]), checker.hash, checker.pixels, checker.arithmetic)
+    before, quadratic.NUMBERS = quadratic.NUMBERS, numbers
+    try:
+        with guarded():
+            found = proof.least_margins(checker.arithmetic, checker.nodes, checker.layer, list(read.cases(2)))
+    except Rejected:
+        return False
+    finally:
+        quadratic.NUMBERS = before
+    assert len(set(alone)) == 4
+    return bool(np.allclose(found.astype(float), np.array(alone, dtype=float), rtol=1e-12, atol=1e-300))
+
+
+@pytest.mark.parametrize("calc", [FLOAT, EXACT])
+@pytest.mark.parametrize("numbers", [4, quadratic.NUMBERS])
+def test_quadratic_duals_that_are_worked_out_together_are_as_good_as_alone(calc: Arithmetic, numbers: int) -> None:
+    assert alike(calc, numbers)
+
+
 # --- pieces, directly -------------------------------------------------------------------------------------------------
 
 
@@ -1489,10 +1520,10 @@ TWINS: dict[str, Broken] = {
         both(step_of(0, 1, node="b"), array("case/0/1/units", np.zeros(1, int)))).accepted()),
     "a tolerance of the quadratic dual": (Proof, "_quadratic", " or self.cases[0].claim.tolerance", "",
         lambda: with_gauge("1/100").accepted()),
-    "splits of the other half": (Proof, "_quadratic", "fixed[int(split.above), split.unit]",
-        "fixed[int(not split.above), split.unit]",
+    "splits of the other half": (Proof, "_quadratic", "fixed[int(split.above), place, split.unit]",
+        "fixed[int(not split.above), place, split.unit]",
         "quadratic"),
-    "no bias of the outputs": (Proof, "_quadratic", "calc.add((rows, rows), shift)[0]", "rows", "quadratic"),
+    "no bias of the outputs": (Proof, "_quadratic", "calc.add((found, found), shift)[0]", "found", "quadratic"),
     "an empty case that may not be": (Program, "_margins", "if not margin > 0", "if False",
         lambda: accepts("an empty case without a reason")),
     # claim
@@ -1544,11 +1575,11 @@ TWINS: dict[str, Broken] = {
         "np.minimum(np.abs(rest[0]), np.abs(rest[1]))", lambda: overrated()),
     "no rest of the rows": (layers, "least_eigenvalue", "total(calc, (size, size))", "(0 * size[0], 0 * size[0])",
         lambda: overrated()),
-    "upper ends of the diagonal": (layers, "least_eigenvalue", "(rest[0][units, units],) * 2",
-        "(rest[1][units, units],) * 2",
+    "upper ends of the diagonal": (layers, "least_eigenvalue", "(rest[0][..., units, units],) * 2",
+        "(rest[1][..., units, units],) * 2",
         lambda: overrated()),
-    "L L for L Lᵀ": (layers, "least_eigenvalue", "(L.T, L.T)", "(L, L)", lambda: overrated()),
-    "the greatest of the bounds": (layers, "least_eigenvalue", "[0].min()", "[0].max()", lambda: overrated()),
+    "L L for L Lᵀ": (layers, "least_eigenvalue", "(turned, turned)", "(L, L)", lambda: overrated()),
+    "the greatest of the bounds": (layers, "least_eigenvalue", "[0].min(-1)", "[0].max(-1)", lambda: overrated()),
     "no factor taken away": (layers, "least_eigenvalue", "calc.subtract(Q, product", "calc.add(Q, product",
         lambda: overrated()),
     "a distance without m": (layers, "near", "reach = calc.divide(reach, number(calc, layer.m))", "pass",
@@ -1597,63 +1628,63 @@ TWINS: dict[str, Broken] = {
         lambda: accepts("a point that is on where the unit is off")),
     "s of any sign": (quadratic, "quadratic", '(given["s"] > calc.zero).all()', "True",
         lambda: "s of the quadratic" not in edited(base("bent"), FORGED["s negative"][1]).decide()[0][1]),
-    "shapes that are broadcast": (quadratic, "quadratic", "given[name].shape == shape", "True",
+    "shapes that are broadcast": (quadratic, "quadratic", "array.shape == shape", "True",
         lambda: any(accepts(f"{name} of another shape") or "has shape" not in broadcast(name) for name in ("nu",
         "tau"))),
-    "a curvature of any sign": (quadratic, "_row", "eta > calc.zero", "True",
+    "a curvature of any sign": (quadratic, "_rows", "(eta > calc.zero).all()", "True",
         lambda: "not convex" not in edited(base("bent"), FORGED["eta times -1"][1]).decide()[0][1]),
-    "a curvature that is believed": (quadratic, "_row",
-        'least_eigenvalue(calc, (Q[0][block], Q[1][block]), near=float(given["eta"]))',
+    "a curvature that is believed": (quadratic, "_rows",
+        '_convexity(calc, rest, U, tau[0], s[0], kept, given["eta"])',
         'given["eta"]', lambda: tuned(scaled("eta", 1.5))),
-    "no curvature of the inputs": (quadratic, "_row",
+    "no curvature of the inputs": (quadratic, "_convexity",
         "Q = calc.subtract(calc.multiply(calc.add(TR, _transposed(TR)), half), curved)",
         "Q = calc.multiply(calc.add(TR, _transposed(TR)), half)", lambda: tuned(scaled("eta", 1.5))),
-    "twice the curvature": (quadratic, "_row", "calc.multiply(calc.add(TR, _transposed(TR)), half)",
+    "twice the curvature": (quadratic, "_convexity", "calc.multiply(calc.add(TR, _transposed(TR)), half)",
         "calc.add(TR, _transposed(TR))",
         lambda: tuned(scaled("eta", 1.5))),
-    "no p0": (quadratic, "_row", "p = calc.add(calc.subtract(z, _times(calc, rest, z)), p0)",
-        "p = calc.subtract(z, _times(calc, rest, z))",
+    "no p0": (quadratic, "_rows", "p = calc.add(calc.subtract(z, product(calc, z, _transposed(rest))), p0)",
+        "p = calc.subtract(z, product(calc, z, _transposed(rest)))",
         "quadratic"),
-    "no W of the point": (quadratic, "_row", "p = calc.add(calc.subtract(z, _times(calc, rest, z)), p0)",
+    "no W of the point": (quadratic, "_rows", "p = calc.add(calc.subtract(z, product(calc, z, _transposed(rest))), p0)",
         "p = calc.add(z, p0)", "quadratic"),
-    "no lambda in the cost": (quadratic, "_row", "cost = calc.subtract(calc.subtract(c, lam), nu)", "cost = c",
+    "no lambda in the cost": (quadratic, "_rows", "cost = calc.subtract(calc.subtract(c, lam), nu)", "cost = c",
         "quadratic"),
-    "no tau in w": (quadratic, "_row", "w = calc.subtract(lam, bent)", "w = lam", "quadratic"),
-    "no tau": (quadratic, "_row", "gap = calc.multiply(tau, calc.subtract(z, p))",
+    "no tau in w": (quadratic, "_rows", "w = calc.subtract(lam, bent)", "w = lam", "quadratic"),
+    "no tau": (quadratic, "_rows", "gap = calc.multiply(tau, calc.subtract(z, p))",
         "gap = constant(calc, calc.zero, *z[0].shape)",
         "quadratic"),
-    "no squares": (quadratic, "_row", "calc.multiply(total(calc, squares), quarter)", "constant(calc, calc.zero, 1)",
+    "no squares": (quadratic, "_rows", "calc.multiply(total(calc, squares), quarter)", "constant(calc, calc.zero, 1)",
         "quadratic"),
-    "no radii": (quadratic, "_row", "_dot(calc, radii, reach)", "constant(calc, calc.zero, 1)", "quadratic"),
-    "no lambda of p": (quadratic, "_row", "_dot(calc, lam, p)", "constant(calc, calc.zero, 1)", "quadratic"),
-    "no tau of z": (quadratic, "_row", "_dot(calc, gap, z)", "constant(calc, calc.zero, 1)", "quadratic"),
-    "W for Wᵀ of a gradient": (quadratic, "_row", "back = calc.subtract(w, _times(calc, _transposed(rest), w))",
-        "back = calc.subtract(w, _times(calc, rest, w))", "quadratic"),
-    "a gradient without Wᵀ": (quadratic, "_row", "back = calc.subtract(w, _times(calc, _transposed(rest), w))",
+    "no radii": (quadratic, "_rows", "_dot(calc, s, reach)", "constant(calc, calc.zero, 1)", "quadratic"),
+    "no lambda of p": (quadratic, "_rows", "_dot(calc, lam, p)", "constant(calc, calc.zero, 1)", "quadratic"),
+    "no tau of z": (quadratic, "_rows", "_dot(calc, gap, z)", "constant(calc, calc.zero, 1)", "quadratic"),
+    "W for Wᵀ of a gradient": (quadratic, "_rows", "back = calc.subtract(w, product(calc, w, rest))",
+        "back = calc.subtract(w, product(calc, w, _transposed(rest)))", "quadratic"),
+    "a gradient without Wᵀ": (quadratic, "_rows", "back = calc.subtract(w, product(calc, w, rest))",
         "back = constant(calc, calc.zero, 1)", "quadratic"),
-    "inputs of the other sign": (quadratic, "_row", "number(calc, -HALF)", "number(calc, HALF)", "quadratic"),
-    "a gradient without the inputs": (quadratic, "_row",
+    "inputs of the other sign": (quadratic, "_rows", "number(calc, -HALF)", "number(calc, HALF)", "quadratic"),
+    "a gradient without the inputs": (quadratic, "_rows",
         "calc.subtract(calc.add(calc.add(cost, gap), calc.add(bent, back)), moved)",
         "calc.add(calc.add(cost, gap), calc.add(bent, back))", "quadratic"),
-    "a gradient without tau z": (quadratic, "_row", "calc.add(calc.add(cost, gap), calc.add(bent, back))",
+    "a gradient without tau z": (quadratic, "_rows", "calc.add(calc.add(cost, gap), calc.add(bent, back))",
         "calc.add(calc.add(cost, gap), back)", "quadratic"),
-    "a gradient without tau p": (quadratic, "_row", "calc.add(calc.add(cost, gap), calc.add(bent, back))",
+    "a gradient without tau p": (quadratic, "_rows", "calc.add(calc.add(cost, gap), calc.add(bent, back))",
         "calc.add(cost, calc.add(bent, back))", "quadratic"),
-    "no gradient": (quadratic, "_row", "return calc.subtract(f, lost)[0]", "return f[0]", "quadratic"),
-    "a gradient of units that are on": (quadratic, "_row", "np.where(kept, np.max",
+    "no gradient": (quadratic, "_rows", "return calc.subtract(f, lost)[0]", "return f[0]", "quadratic"),
+    "a gradient of units that are on": (quadratic, "_rows", "np.where(kept, np.max",
         "np.where(kept & (z[0] > 0), np.max", "quadratic"),
-    "U w for Uᵀ w": (quadratic, "_row", "seen = _times(calc, _transposed(U), w)",
-        "seen = _times(calc, _transposed(U), lam)", "quadratic"),
+    "U w for Uᵀ w": (quadratic, "_rows", "seen = product(calc, w, U)",
+        "seen = product(calc, lam, U)", "quadratic"),
     "no radius around the centre": (quadratic, "_around",
         "away = np.maximum(calc.subtract(region, (middle,) * 2)[1], calc.subtract((middle,) * 2, region)[1])",
         "away = 0 * middle",
         "quadratic"),
     "radii that are not squared": (quadratic, "_around", "calc.multiply((away, away), (away, away))", "(away, away)",
         "quadratic"),
-    "a radius that is not squared": (quadratic, "_around", "return middle, calc.multiply(radius, radius)",
-        "return middle, radius",
+    "a radius that is not squared": (quadratic, "_around", "low, high = calc.multiply(radius, radius)",
+        "low, high = radius",
         "quadratic"),
-    "a ball with weights": (quadratic, "_around", "case.claim.weights is None", "True", lambda: weighty().accepted()),
+    "a ball with weights": (quadratic, "_around", "claim.weights is None", "True", lambda: weighty().accepted()),
     "a centre between two numbers": (quadratic, "_around", "shift = total(calc, (away, away))",
         "shift = constant(calc, calc.zero, 1)",
         lambda: narrow_ball()),
@@ -1661,8 +1692,14 @@ TWINS: dict[str, Broken] = {
         ".reshape(units, units), -pushed[0].reshape(units, units)", "quadratic"),
     "no diagonal of the matrix": (quadratic, "_matrix", "calc.add(off, own)", "calc.add(off, (identity, identity))",
         "quadratic"),
-    "no bias of the inputs": (quadratic, "quadratic", "_times(calc, U, (center, center)), b)",
-        "_times(calc, U, (center, center)), (0 * b[0], 0 * b[1]))", "quadratic"),
+    "no bias of the inputs": (quadratic, "quadratic", "product(calc, (center, center), _transposed(U)), b)",
+        "product(calc, (center, center), _transposed(U)), (0 * b[0], 0 * b[1]))", "quadratic"),
+    "boxes of other cases": (quadratic, "quadratic", "side.repeat(rows, 0) for side in (*p0, *reach)",
+        "np.tile(side, (rows, 1)) for side in (*p0, *reach)", lambda: not alike()),
+    "splits of other cases": (quadratic, "quadratic", "side.repeat(rows, 0) for side in fixed",
+        "np.tile(side, (rows, 1)) for side in fixed", lambda: not alike()),
+    "rows of the first part": (quadratic, "quadratic", "part = slice(start, start + size)", "part = slice(0, size)",
+        lambda: not alike(numbers=4)),
     "no bias on the way": (quadratic, "chain", "bounds, start = calc.add(bounds, shift), node.inputs[0]",
         "start = node.inputs[0]",
         "quadratic"),
@@ -1751,8 +1788,8 @@ def narrow_ball() -> bool:
     read = claim.read_claim(files.parse_blob(folder.records[0]), checker.hash, None, FLOAT)
     third = np.array([1 / 3]), np.array([np.nextafter(1 / 3, 1)])
     case = replace(next(read.cases(1)), claim=replace(read, center=third))
-    middle, reach = quadratic._around(FLOAT, case, third, True)
-    return max(abs(frac(end)[0] - frac(middle)[0]) for end in third) ** 2 > Fraction(float(reach[1].reshape(-1)[0]))
+    middle, reach = quadratic._around(FLOAT, [case], third, True)
+    return max(abs(frac(end)[0] - frac(middle[0])[0]) for end in third) ** 2 > Fraction(float(reach[1].reshape(-1)[0]))
 
 
 def cancelled(way: str) -> bool:

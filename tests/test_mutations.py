@@ -40,7 +40,8 @@ def test_no_damaged_record_is_believed() -> None:
     assert figures["new_digest"]["accepted"] > 50 and figures["new_digest"]["refused"] > 500
     assert figures["gauges"]["accepted"] > 5 and figures["gauges"]["refused"] > 30
     fields = set(mutations.unpack(SMALL[0].records[0])[0])
-    assert set(figures["by_region"]) == {"size", "header", "input", "box", "C", "rhs", "weights", *fields}
+    arrays = {"input", "box", "state", "case", "C", "rhs", "weights"}
+    assert set(figures["by_region"]) == {"size", "header", *arrays, *fields}
     assert set(figures["by_model"]) == {folder.name for folder in SMALL}
 
 

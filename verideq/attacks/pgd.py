@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,23 +57,34 @@ class PGD:
         """
         best = region.center.clone()
         margins = torch.full((len(best),), torch.inf, dtype=best.dtype, device=best.device)
-        for restart in range(self.restarts if region.eps else 1):  # one look at the centre, where it is all there is
+        # One look at the centre where it is all there is. After the first restart they come in pairs, one with either
+        # loss: a small batch takes as long as one twice its size.
+        restarts = range(self.restarts if region.eps else 1)
+        for some in (restarts[:1], *(restarts[k : k + 2] for k in restarts[1::2])):
             active = (~(margins < 0)).nonzero().flatten()
             if not len(active) or stop():
                 break
-            part = region[active]
-            start = part.center
-            if restart:
-                noise = uniform_noise(seed, indices[active.cpu()], region.eps, restart, tuple(start.shape[1:])).to(
-                    start
-                )
-                start = part.project(
-                    start + noise * float(region.eps) * (1.0 if part.weights is None else part.weights)
-                )
-            point, margin = self._descend(model, part, start, C[active], rhs[active], restart % 2 == 0, stop)
-            better = margin < margins[active]
-            best[active[better]], margins[active[better]] = point[better], margin[better]
+            part, count = region[active.repeat(len(some))], len(active)
+            starts = [self._start(region[active], indices[active.cpu()], seed, restart) for restart in some]
+            losses = [_least if restart % 2 == 0 else _likelihood for restart in some]
+
+            def loss(rows: Tensor, losses: Sequence[Loss] = losses, count: int = count) -> Tensor:
+                return torch.cat([of(part) for of, part in zip(losses, torch.split(rows, count), strict=True)])
+
+            both = active.repeat(len(some))
+            found, margin = self._descend(model, part, torch.cat(starts), C[both], rhs[both], loss, stop)
+            for point, value in zip(torch.split(found, count), torch.split(margin, count), strict=True):
+                better = value < margins[active]
+                best[active[better]], margins[active[better]] = point[better], value[better]
         return best, margins
+
+    @staticmethod
+    def _start(region: Region, indices: Tensor, seed: int, restart: int) -> Tensor:
+        center = region.center
+        if not restart:
+            return center
+        noise = uniform_noise(seed, indices, region.eps, restart, tuple(center.shape[1:])).to(center)
+        return region.project(center + noise * float(region.eps) * (1.0 if region.weights is None else region.weights))
 
     def follow(
         self,
@@ -102,7 +113,11 @@ class PGD:
             return best, margins
         own = region[samples]
         start = own.project(points[samples, rows])
-        found, margin = self._descend(model, own, start, C[samples], rhs[samples], rows, stop)
+
+        def row(values: Tensor) -> Tensor:
+            return values.gather(1, rows[:, None])[:, 0]
+
+        found, margin = self._descend(model, own, start, C[samples], rhs[samples], row, stop)
         # Of the rows of a sample the lowest, the first of equals.
         for k in margin.argsort(descending=True, stable=True).tolist():
             best[samples[k]], margins[samples[k]] = found[k], margin[k]
@@ -115,10 +130,10 @@ class PGD:
         x: Tensor,
         C: Tensor,
         rhs: Tensor,
-        loss_of: bool | Tensor,
+        loss: Loss,
         stop: Callable[[], bool],
     ) -> tuple[Tensor, Tensor]:
-        """Steps down a loss: the smallest margin, the cross-entropy (``False``), or the row that a tensor names."""
+        """Steps down a loss."""
         best, best_margin = x.clone(), torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         steps = self.steps if region.eps else 0
         for step in range(steps + 1):
@@ -130,17 +145,24 @@ class PGD:
             best_margin = torch.minimum(margin, best_margin)
             if step == steps or stop():
                 break
-            if isinstance(loss_of, Tensor):
-                loss = rows.gather(1, loss_of[:, None]).sum()
-            elif loss_of:
-                loss = rows.amin(1).sum()
-            else:
-                # Cross-entropy of the logits 0, -rows: log(1 + Σ exp(-rows)), to go up.
-                loss = -torch.logsumexp(torch.cat((torch.zeros_like(rows[:, :1]), -rows), 1), 1).sum()
-            (gradient,) = torch.autograd.grad(loss, x)
+            (gradient,) = torch.autograd.grad(loss(rows).sum(), x)
             size = self.step_size * (1 - 0.95 * step / steps) * float(region.eps)
             x = region.project(x.detach() - size * _direction(gradient, region))
         return best, best_margin
+
+
+Loss = Callable[[Tensor], Tensor]
+"""Of the rows of a specification, (batch, rows): (batch,) numbers to go down."""
+
+
+def _least(rows: Tensor) -> Tensor:
+    """The smallest margin."""
+    return rows.amin(1)
+
+
+def _likelihood(rows: Tensor) -> Tensor:
+    """The logarithm of the label's probability: the logits are 0 and -rows."""
+    return -torch.logsumexp(torch.cat((torch.zeros_like(rows[:, :1]), -rows), 1), 1)
 
 
 def _direction(gradient: Tensor, region: Region) -> Tensor:

@@ -68,6 +68,7 @@ def run_method(
     tolerance: float = 0.0,
     upper: bool = True,
     deadline: float = math.inf,
+    unproved: bool = False,
 ) -> Bounds:
     """`bound`, with the steps that it took and a proof; see `Query`."""
     chosen = method_named(method)
@@ -86,7 +87,7 @@ def run_method(
     balls = region if isinstance(region, Region) else None
     solver = Auto(tol=TOLERANCE, max_steps=max_steps)
     rhs = None if rhs is None else rhs.to(box.lower)
-    query = Query(box, balls, C, rhs, solver, tolerance, upper, deadline)
+    query = Query(box, balls, C, rhs, solver, tolerance, upper, deadline, unproved)
     # cuDNN may choose a transform whose error is not bounded entry by entry.
     with torch.backends.cudnn.flags(enabled=False):
         result = chosen(prepared, query)

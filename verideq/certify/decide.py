@@ -18,7 +18,8 @@ from verideq.certify.method import Bounds, Prepared, prepare
 from verideq.certify.summary import REJECTED
 from verideq.certify.task import Task, specification
 from verideq.certify.verdict import Verdict
-from verideq.equilibrium import Auto, Implicit
+from verideq.equilibrium import Auto, Dense, Implicit, MonotoneDense, PeacemanRachford, Solver
+from verideq.equilibrium.splitting import Splitting
 from verideq.errors import ConvergenceError, InconsistencyError, InputError, NoGaugeError
 from verideq.graph import evaluating
 from verideq.region import Radius, Region, parse_eps, round_up
@@ -275,6 +276,7 @@ def _prove(
             tolerance=round_up(budget.tolerance),
             upper=False,
             deadline=draft.deadline,
+            unproved=budget.check,
         )
     except NoGaugeError as error:
         for i in right:
@@ -337,6 +339,8 @@ def _check(
     for k, payload, (accepted, reason, margin) in zip(proposed, payloads, checker.decide(payloads), strict=True):
         if accepted:
             draft.set(right[k], checked=True, certificate=payload, margin=margin)
+        elif bounds.estimated:
+            draft.set(right[k], status=Status.UNKNOWN, reason=f"the bound was not confirmed: {reason}")
         else:
             draft.set(
                 right[k],
@@ -410,9 +414,20 @@ def _follow(
 
 def _target(prepared: Prepared) -> nn.Module:
     """The model for an attack, which needs a direction and not the last digit."""
-    return prepared.graph.frozen(
-        device=prepared.device, solver=Auto(tol=1e-6), gradient=Implicit(Auto(tol=1e-3)), throw=False
-    )
+    forward: Solver = Auto(tol=1e-6)
+    backward: Solver = Auto(tol=1e-3)
+    layers = dict(prepared.graph.equilibria())
+    if set(layers) == set(prepared.monotone) and len(layers) == 1:
+        # A step of Peaceman-Rachford is one product, and memory of steps would cost more than it saves.
+        operator = layers.popitem()[1].operator()
+        split = (
+            Splitting.of(operator, tuple(operator.diagonal().shape))
+            if isinstance(operator, Dense | MonotoneDense)
+            else None
+        )
+        if split is not None:
+            forward, backward = (PeacemanRachford(tol=tol, alpha=split.alpha) for tol in (1e-6, 1e-3))
+    return prepared.graph.frozen(device=prepared.device, solver=forward, gradient=Implicit(backward), throw=False)
 
 
 def _judge(

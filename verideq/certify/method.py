@@ -128,6 +128,7 @@ class Bounds:
         witnesses: by place in the batch, a point, (*features), at which a row was measured to be below its ``rhs``.
         points: (batch, rows, *features) where the bound of a row would be attained: where an attack may start;
             ``None`` if the method does not say.
+        estimated: the box was measured, see `Query.unproved`: what holds is what the checker makes of the proof.
     """
 
     box: Box
@@ -135,6 +136,7 @@ class Bounds:
     proof: Callable[[int], Proof] = lambda i: Proof()
     witnesses: Mapping[int, Tensor] = field(default_factory=dict)
     points: Tensor | None = None
+    estimated: bool = False
 
     def replaced(self, part: Tensor, other: Bounds) -> Bounds:
         """These with others for the samples `part`."""
@@ -150,7 +152,7 @@ class Bounds:
         points = self.points
         if points is not None and other.points is not None:
             points = points.index_copy(0, part, other.points)
-        return Bounds(Box(*sides), steps, proof, {**kept, **found}, points)
+        return Bounds(Box(*sides), steps, proof, {**kept, **found}, points, self.estimated or other.estimated)
 
 
 def _sides(box: Box) -> tuple[Tensor, Tensor]:
@@ -170,6 +172,7 @@ class Query:
         tolerance: of the deployed solver, in units of the slack.
         upper: whether upper bounds are wanted too.
         deadline: `time.monotonic` at which to hand back what there is; each sample has its share of what is left.
+        unproved: estimates of lower bounds will do, because whoever asks has every proof checked, and believes that.
     """
 
     box: Box
@@ -180,6 +183,7 @@ class Query:
     tolerance: float = 0.0
     upper: bool = True
     deadline: float = math.inf
+    unproved: bool = False
 
     def __len__(self) -> int:
         return len(self.box.lower)

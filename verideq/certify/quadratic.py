@@ -16,9 +16,10 @@ jointly convex. What comes out is a suggestion: the bound is what the independen
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -205,14 +206,14 @@ TAU = 0.6
 """Of every unit at the start, in units of the solved rows."""
 
 
-def evaluate(problem: Problem, point: Point) -> Value:
-    """The dual's value (rows,), by the minimiser of its quadratic."""
+def evaluate(problem: Problem, point: Point, Q: Tensor | None = None) -> Value:
+    """The dual's value (rows,), by the minimiser of its quadratic; `Q`: where it is known already."""
     W, lam, nu, tau, s = problem.form.W, point.lam, point.nu, point.tau, point.log_s.exp()
     kept = (~problem.below).to(lam)
     tau = tau * kept
     U, bias, z0 = (t[problem.sample] for t in (problem.U, problem.bias, problem.z))
     z0 = z0 * kept
-    Q = _curvature(problem, tau, s, kept)
+    Q = _curvature(problem, tau, s, kept) if Q is None else Q
     k = lam - tau * z0
     w0 = torch.einsum("rh,rhn->rn", k, U)
     residual = z0 - z0 @ W.T - bias
@@ -263,15 +264,19 @@ class Repair:
         self.nu = (divisor * (problem.z - p)).clamp(min=0)
         self.m = form.m
 
-    def __call__(self, problem: Problem, point: Point) -> tuple[Point, Tilt | None]:
-        """The point, moved along the direction where its ``Q`` is not positive enough; and what that did to slopes."""
+    def __call__(self, problem: Problem, point: Point) -> tuple[Point, Tensor, Tilt | None]:
+        """The point, moved along the direction where its ``Q`` is not positive enough.
+
+        Returns:
+            that; its ``Q``, (rows, units, units); and what the move did to slopes.
+        """
         kept = (~problem.below).to(point.tau)
         Q = _curvature(problem, point.tau * kept, point.log_s.exp(), kept)
         identity = torch.eye(Q.shape[1], dtype=Q.dtype, device=Q.device)
         failed = torch.linalg.cholesky_ex(Q - CONVEX * self.m * identity).info > 0
         rows = failed.nonzero().flatten()
         if not len(rows):
-            return point, None
+            return point, Q, None
         values, vectors = torch.linalg.eigh(Q[rows])
         kappa = ((2 * CONVEX * self.m - values[:, 0]) * 2 / self.m).clamp(min=0)[:, None]
         place = problem.sample[rows]
@@ -280,7 +285,9 @@ class Repair:
         moved.nu[rows] += kappa * self.nu[place]
         moved.tau[rows] += kappa * self.divisor
         moved.log_s[rows] = (point.log_s[rows].exp() + kappa * self.sigma[place]).log()
-        return moved, Tilt(self, rows, vectors[:, :, 0] * kept[rows])
+        own, kept = moved.select(rows), kept[rows]
+        Q[rows] = _curvature(problem.select(rows), own.tau * kept, own.log_s.exp(), kept)
+        return moved, Q, Tilt(self, rows, vectors[:, :, 0] * kept)
 
 
 @dataclass
@@ -330,8 +337,8 @@ def ascend(
     stalled = torch.zeros_like(live)
     rate = torch.full_like(best, RATE)
     for step in range(steps):
-        safe, tilt = repair(own, now)
-        seen = evaluate(own, safe)
+        safe, Q, tilt = repair(own, now)
+        seen = evaluate(own, safe, Q)
         better = seen.value > best[live] + 1e-9 * best[live].abs().nan_to_num(posinf=0.0)
         rows = better.nonzero().flatten()
         best[live[rows]] = seen.value[rows]
@@ -374,10 +381,88 @@ def _adam(
 
 @torch.no_grad()
 def quadratic(prepared: Prepared, query: Query) -> Bounds:
-    """The quadratic bound of every row, as the independent checker evaluates it.
+    """The quadratic bound of every row, as the independent checker evaluates it, or as measured if that will do.
 
     Raises:
         NoGaugeError: a network that is not one monotone equilibrium between affine maps, or a deployed tolerance.
+    """
+    return joined([root.bounds() for root in roots(prepared, query)])
+
+
+def joined(parts: list[Bounds]) -> Bounds:
+    """The bounds of samples one part after another."""
+    lower, upper = (torch.cat([getattr(part.box, side) for part in parts]) for side in ("lower", "upper"))
+    places = [(part, i) for part in parts for i in range(len(part.box.lower))]
+    starts = itertools.accumulate((len(part.box.lower) for part in parts), initial=0)
+    witnesses = {start + i: x for start, part in zip(starts, parts, strict=False) for i, x in part.witnesses.items()}
+    points = torch.cat([part.points for part in parts if part.points is not None])
+    return Bounds(
+        Box(lower, upper), torch.cat([part.steps for part in parts]), lambda i: places[i][0].proof(places[i][1]),
+        witnesses, points, parts[0].estimated,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Root:
+    """The rows of some samples, and the best multipliers for each.
+
+    Args:
+        prepared: the model.
+        query: about these samples.
+        C: (samples, rows, outputs), the negatives behind them if upper bounds are wanted.
+        problem: the rows, each less what it has to exceed.
+        goal: that, (samples, rows).
+        reach: see `pose`.
+        state: see `pose`.
+        values: of the dual, (samples * rows,).
+        point: the multipliers.
+    """
+
+    prepared: Prepared
+    query: Query
+    C: Tensor
+    problem: Problem
+    goal: Tensor
+    reach: Tensor
+    state: dict[str, Tensor]
+    values: Tensor
+    point: Point
+
+    def bounds(self) -> Bounds:
+        """As a method hands it back."""
+        query, C = self.query, self.C
+        count = C.shape[1] // 2 if query.upper else C.shape[1]
+        steps, seen = quadratic_steps(self.problem, self.point, self.reach, C.shape[1])
+        proofs = [Proof(states=states_of(self.state, i), cases=((step,),)) for i, step in enumerate(steps)]
+        if query.unproved:
+            lower = seen.value.view_as(self.goal) + self.goal - spare(self.goal) / 2
+        else:
+            lower = checked_rows(self.prepared, query, C, proofs)
+        negative = -lower[:, count:] if query.upper else torch.full_like(lower, math.inf)
+        points = inputs(self.problem, seen.x.nan_to_num(), query, self.reach)
+        points = points.view(len(query), -1, *query.box.lower.shape[1:])
+        taken = torch.zeros(len(query), dtype=torch.long)
+        box = Box(lower[:, :count], negative)
+        return Bounds(box, taken, lambda i: proofs[i], points=points, estimated=query.unproved)
+
+    def select(self, i: int) -> Root:
+        """One of the samples."""
+        part, rows = torch.tensor([i]), (self.problem.sample == i).nonzero().flatten()
+        problem = self.problem.select(rows)
+        U, bias, z = (t[part] for t in (problem.U, problem.bias, problem.z))
+        problem = replace(problem, sample=torch.zeros_like(rows), U=U, bias=bias, z=z)
+        state = {name: t[part] for name, t in self.state.items()}
+        return replace(
+            self, query=self.query.select(part), C=self.C[part], problem=problem, goal=self.goal[part],
+            reach=self.reach[part], state=state, values=self.values[rows], point=self.point.select(rows),
+        )  # fmt: skip
+
+
+def roots(prepared: Prepared, query: Query) -> Iterator[Root]:
+    """As many samples at a time as fit.
+
+    Raises:
+        NoGaugeError: see `quadratic`.
     """
     if query.tolerance:
         raise NoGaugeError("the quadratic bound charges no tolerance of the deployed solver", math.nan)
@@ -385,44 +470,28 @@ def quadratic(prepared: Prepared, query: Query) -> Bounds:
         raise NoGaugeError("the quadratic bound takes l2 balls without weights", math.nan)
     form = form_of(prepared, query.box.lower)
     size = max(1, ELEMENTS // (form.U.numel() * (query.C.shape[1] if query.C is not None else len(form.C))))
-    parts = [_part(prepared, query.select(part), form) for part in torch.split(torch.arange(len(query)), size)]
-    lower, steps = torch.cat([part.box.lower for part in parts]), torch.cat([part.steps for part in parts])
-    upper = torch.cat([part.box.upper for part in parts])
-    points = torch.cat([part.points for part in parts if part.points is not None])
-    return Bounds(Box(lower, upper), steps, lambda i: parts[i // size].proof(i % size), points=points)
+    for part in torch.split(torch.arange(len(query)), size):
+        yield _root(prepared, query.select(part), form)
 
 
-def _part(prepared: Prepared, query: Query, form: Form) -> Bounds:
-    """`quadratic` for so many samples as fit."""
+def _root(prepared: Prepared, query: Query, form: Form) -> Root:
     C = query.C
     if C is None:
         identity = torch.eye(len(form.C), dtype=form.C.dtype, device=form.C.device)
         C = identity.expand(len(query), *identity.shape)
-    count, C = C.shape[1], torch.cat((C, -C), 1) if query.upper else C
-    wanted = query.rhs is not None and not query.upper
-    rhs = query.rhs if wanted and query.rhs is not None else C.new_full(C.shape[:2], math.inf)
-    # A row that has passed its threshold by this much is left: the checker rounds in its own way.
-    room = 1e-6 * (1 + rhs.abs()).nan_to_num(posinf=0.0)
-    problem, reach, enclosure = pose(prepared, query, form, C)
-    shifted = replace(problem, shift=problem.shift - (rhs + room).flatten())
-    found = (
-        ascend(shifted, start(shifted), STEPS, 0.0, query.deadline)[1]
-        if wanted
-        else ascend(problem, start(problem), STEPS, math.inf, query.deadline)[1]
-    )
-    steps = quadratic_steps(problem, found, reach, C.shape[1])
-    proofs = [Proof(states=states_of(enclosure, i), cases=((step,),)) for i, step in enumerate(steps)]
-    lower = checked_rows(prepared, query, C, proofs)
-    negative = -lower[:, count:] if query.upper else torch.full_like(lower, math.inf)
-    taken = torch.zeros(len(query), dtype=torch.long)
-    points = minimisers(problem, found, query, reach)
-    return Bounds(Box(lower[:, :count], negative), taken, lambda i: proofs[i], points=points)
+    C = torch.cat((C, -C), 1) if query.upper else C
+    problem, reach, state = pose(prepared, query, form, C)
+    goal, target = torch.zeros_like(C[:, :, 0]), math.inf
+    if query.rhs is not None and not query.upper:
+        goal, target = query.rhs + spare(query.rhs), 0.0
+    problem = replace(problem, shift=problem.shift - goal.flatten())
+    values, point = ascend(problem, start(problem), STEPS, target, query.deadline)
+    return Root(prepared, query, C, problem, goal, reach, state, values, point)
 
 
-def minimisers(problem: Problem, point: Point, query: Query, reach: Tensor) -> Tensor:
-    """The inputs at which the dual is attained, (samples, rows, *features)."""
-    x = evaluate(problem, point).x.nan_to_num()
-    return inputs(problem, x, query, reach).view(len(query), -1, *query.box.lower.shape[1:])
+def spare(rhs: Tensor) -> Tensor:
+    """By how much a row has to be above its threshold: a checker rounds in its own way."""
+    return 1e-6 * (1 + rhs.abs()).nan_to_num(posinf=0.0)
 
 
 def inputs(problem: Problem, x: Tensor, query: Query, reach: Tensor) -> Tensor:
@@ -464,8 +533,12 @@ def pose(prepared: Prepared, query: Query, form: Form, C: Tensor) -> tuple[Probl
     return problem, reach, {} if form.name in prepared.gauges else {form.name: state}
 
 
-def quadratic_steps(problem: Problem, point: Point, reach: Tensor, rows: int) -> list[Step]:
-    """Multipliers as a certificate holds them, a step a sample: of the layer itself, rounded to float32."""
+def quadratic_steps(problem: Problem, point: Point, reach: Tensor, rows: int) -> tuple[list[Step], Value]:
+    """Multipliers as a certificate holds them, a step a sample: of the layer itself, rounded to float32.
+
+    Returns:
+        these, and what the dual is with them.
+    """
     divisor, square = problem.form.divisor, reach[problem.sample].square()
     lam, tau = ((t / divisor).float() for t in (point.lam, point.tau))
     nu, s = point.nu.float(), (point.log_s.exp() / square).clamp(1e-30, 1e30).float()
@@ -476,7 +549,7 @@ def quadratic_steps(problem: Problem, point: Point, reach: Tensor, rows: int) ->
     arrays = {"lambda": lam, "nu": nu, "tau": tau, "s": s, "z": z, "eta": eta[:, 0]}
     split = {name: array.view(-1, rows, *array.shape[1:]).cpu().numpy() for name, array in arrays.items()}
     count = len(lam) // rows
-    return [Step(quadratic={name: array[i] for name, array in split.items()}) for i in range(count)]
+    return [Step(quadratic={name: array[i] for name, array in split.items()}) for i in range(count)], seen
 
 
 def checked_rows(prepared: Prepared, query: Query, C: Tensor, proofs: list[Proof]) -> Tensor:

@@ -23,19 +23,18 @@ from verideq.box import Box
 from verideq.certify.certificate import Proof, Split, Tree
 from verideq.certify.method import Bounds, Prepared, Query, states_of
 from verideq.certify.quadratic import (
-    STEPS,
-    Form,
     Point,
     Problem,
+    Root,
     ascend,
     checked_rows,
     evaluate,
-    form_of,
     inputs,
-    pose,
+    joined,
     quadratic,
     quadratic_steps,
-    start,
+    roots,
+    spare,
 )  # fmt: skip
 
 LEAF_STEPS = 60
@@ -44,8 +43,6 @@ NODES = 400
 """Halves of one sample, where no time limit is given."""
 BATCH = 32
 """Leaves of one sample that are split at a time."""
-ROOM = 1e-6
-"""By how much a leaf is closed, relative to its threshold: multipliers are rounded to float32 afterwards."""
 
 
 @dataclass
@@ -151,34 +148,33 @@ def quadratic_branching(prepared: Prepared, query: Query) -> Bounds:
 
     Without thresholds (`Query.rhs`) there is nothing to close, and it is the quadratic bound.
     """
-    found = quadratic(prepared, query)
     if query.rhs is None or query.upper or query.C is None:
-        return found
-    form, left = form_of(prepared, query.box.lower), (~query.closed(found.box.lower)).nonzero().flatten()
-    for place, i in enumerate(left):
-        own = query.select(i[None])
-        until = math.inf
-        if query.deadline < math.inf:  # an equal share of what is left for each sample that is left
-            now = time.monotonic()
-            until = now + max(0.0, query.deadline - now) / (len(left) - place)
-        decided = _one(prepared, own, form, until)
-        if isinstance(decided, Bounds):
-            found = found.replaced(i[None], decided)
-        elif decided is not None:
-            found = replace(found, witnesses={**found.witnesses, int(i): decided})
-    return found
+        return quadratic(prepared, query)
+    parts, left = [], len(query)
+    for root in roots(prepared, query):
+        found = root.bounds()
+        left -= len(root.query)
+        for place, i in enumerate(open_ := (~root.query.closed(found.box.lower)).nonzero().flatten().tolist()):
+            until = math.inf
+            if query.deadline < math.inf:  # an equal share of what is left for each sample that is left
+                now = time.monotonic()
+                until = now + max(0.0, query.deadline - now) / (len(open_) - place + left)
+            decided = _one(root.select(i), until)
+            if isinstance(decided, Bounds):
+                found = found.replaced(torch.tensor([i]), decided)
+            elif decided is not None:
+                found = replace(found, witnesses={**found.witnesses, i: decided})
+        parts.append(found)
+    return joined(parts)
 
 
-def _one(prepared: Prepared, query: Query, form: Form, until: float) -> Bounds | Tensor | None:
+def _one(root: Root, until: float) -> Bounds | Tensor | None:
     """The proof of one sample, or a point at which it was measured to be broken, if either is found in time."""
+    prepared, query, problem, reach = root.prepared, root.query, root.problem, root.reach
     if query.C is None or query.rhs is None:
         return None
     C, rhs = query.C[0], query.rhs[0]
-    problem, reach, state = pose(prepared, query, form, query.C)
-    room = ROOM * (1 + query.rhs.abs())
-    problem = replace(problem, shift=problem.shift - (query.rhs + room).flatten())
-    values, points = ascend(problem, start(problem), STEPS, 0.0, until)
-    roots = leaves(problem, values, points, list(range(len(values))))
+    starts = leaves(problem, root.values, root.point, list(range(len(root.values))))
 
     def look(x: Tensor, rows: Tensor) -> Tensor | None:
         points = inputs(problem, x, query, reach)
@@ -186,19 +182,23 @@ def _one(prepared: Prepared, query: Query, form: Form, until: float) -> Bounds |
         return points[int(broken.nonzero()[0])] if bool(broken.any()) else None
 
     search = Search(problem, until, NODES if until == math.inf else 10**9, look)
-    if not search.run(roots):
+    if not search.run(starts):
         return search.witness
     ends: list[Leaf] = []
-    trees = tuple(((root.row,), _tree(root, form.name, ends)) for root in roots)
+    trees = tuple(((leaf.row,), _tree(leaf, problem.form.name, ends)) for leaf in starts)
     rows = torch.tensor([leaf.row for leaf in ends])
     whole = replace(
         problem.select(rows), above=torch.stack([leaf.above for leaf in ends]),
         below=torch.stack([leaf.below for leaf in ends]),
     )  # fmt: skip
     joined = Point(*(torch.cat(ts) for ts in zip(*(leaf.point.tensors() for leaf in ends), strict=True)))
-    steps = quadratic_steps(whole, joined, reach, 1)
-    proof = Proof(states=states_of(state, 0), cases=tuple((step,) for step in steps), trees=trees)
-    lower = checked_rows(prepared, query, query.C, [proof])
+    steps, seen = quadratic_steps(whole, joined, reach, 1)
+    proof = Proof(states=states_of(root.state, 0), cases=tuple((step,) for step in steps), trees=trees)
+    if query.unproved:
+        least = torch.full_like(rhs, math.inf).scatter_reduce(0, rows.to(rhs.device), seen.value, "amin")
+        lower = least[None] + root.goal - spare(root.goal) / 2
+    else:
+        lower = checked_rows(prepared, query, query.C, [proof])
     return Bounds(Box(lower, torch.full_like(lower, math.inf)), torch.zeros(1, dtype=torch.long), lambda i: proof)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import lru_cache, reduce
 from math import isqrt
 from typing import Any
 
@@ -57,6 +58,7 @@ class Float:
         return 0.5 * x[0] + 0.5 * x[1]
 
     @staticmethod
+    @lru_cache(4096)
     def rational(value: Fraction) -> tuple[Any, Any]:
         """The nearest float64 on either side of a rational."""
         try:
@@ -88,16 +90,16 @@ class Float:
 
     def multiply(self, a: Interval, b: Interval) -> Interval:
         """``a * b`` for intervals of any sign; an operand that was flushed to zero loses `TINY` times the other one."""
-        products = [x * y for x in a for y in b]
+        products = [x * y for x in _ends(a) for y in _ends(b)]
         lost = 4 * TINY * (_size(a) + _size(b))
-        return self.down(np.minimum.reduce(products) - lost), self.up(np.maximum.reduce(products) + lost)
+        return self.down(reduce(np.minimum, products) - lost), self.up(reduce(np.maximum, products) + lost)
 
     def divide(self, a: Interval, b: Interval) -> Interval:
         """``a / b`` for a positive ``b``."""
         require((b[0] > 0).all(), "a divisor is not positive")
-        quotients = [x / y for x in a for y in b]
+        quotients = [x / y for x in _ends(a) for y in _ends(b)]
         lost = 4 * TINY / b[0]
-        return self.down(np.minimum.reduce(quotients) - lost), self.up(np.maximum.reduce(quotients) + lost)
+        return self.down(reduce(np.minimum, quotients) - lost), self.up(reduce(np.maximum, quotients) + lost)
 
     def root(self, a: Interval) -> Interval:
         """``√a`` for a positive ``a``; the square root is correctly rounded."""
@@ -151,7 +153,12 @@ class Float:
 
 def _size(x: Interval) -> Array:
     """The largest magnitude of each entry."""
-    return np.maximum(np.abs(x[0]), np.abs(x[1]))
+    return reduce(np.maximum, [np.abs(end) for end in _ends(x)])
+
+
+def _ends(x: Interval) -> tuple[Array, ...]:
+    """Both ends, or the one of an interval that is a single array: half of the work."""
+    return x[:1] if x[0] is x[1] else x
 
 
 class Exact:
@@ -191,14 +198,14 @@ class Exact:
 
     def multiply(self, a: Interval, b: Interval) -> Interval:
         """``a * b``."""
-        products = [x * y for x in a for y in b]
-        return np.minimum.reduce(products), np.maximum.reduce(products)
+        products = [x * y for x in _ends(a) for y in _ends(b)]
+        return reduce(np.minimum, products), reduce(np.maximum, products)
 
     def divide(self, a: Interval, b: Interval) -> Interval:
         """``a / b`` for a positive ``b``."""
         require(bool((b[0] > 0).all()), "a divisor is not positive")
-        quotients = [x / y for x in a for y in b]
-        return np.minimum.reduce(quotients), np.maximum.reduce(quotients)
+        quotients = [x / y for x in _ends(a) for y in _ends(b)]
+        return reduce(np.minimum, quotients), reduce(np.maximum, quotients)
 
     def root(self, a: Interval) -> Interval:
         """``√a`` for a positive ``a``."""

@@ -6,14 +6,15 @@ Boxes, multipliers and the tree of cases are *suggestions*: they are checked, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from verideq.checker.arithmetic import Arithmetic, Array, Float, Interval, Rejected, require
+from verideq.checker.arithmetic import Arithmetic, Array, Exact, Float, Interval, Rejected, require
 from verideq.checker.files import Blob
 
 VERSION = 1
@@ -295,11 +296,20 @@ QUADRATIC = {"lambda", "nu", "tau", "s", "z", "eta"}
 
 def rational(text: Any, what: str) -> Fraction:
     """A fraction from ``"8/255"``: digits, one slash, nothing else."""
-    require(isinstance(text, str) and len(text) <= 2000, f"{what} is no fraction")
-    top, _, bottom = text.partition("/")
-    digits = top.removeprefix("-").isascii() and top.removeprefix("-").isdigit()
-    require(digits and (not _ or (bottom.isascii() and bottom.isdigit() and int(bottom) > 0)), f"{what} is no fraction")
-    return Fraction(int(top), int(bottom or 1))
+    value = _fraction(text) if isinstance(text, str) and len(text) <= 2000 else None
+    if value is None:
+        raise Rejected(f"{what} is no fraction")
+    return value
+
+
+@lru_cache(4096)
+def _fraction(text: str) -> Fraction | None:
+    """The records of a run have most of their numbers in common."""
+    top, slash, bottom = text.partition("/")
+    unsigned = top.removeprefix("-")
+    whole = unsigned.isascii() and unsigned.isdigit()
+    whole = whole and (not slash or (bottom.isascii() and bottom.isdigit() and int(bottom) > 0))
+    return Fraction(int(top), int(bottom or 1)) if whole else None
 
 
 def _center(stored: Array | None, scale: Any, arithmetic: Arithmetic) -> Interval:
@@ -310,11 +320,17 @@ def _center(stored: Array | None, scale: Any, arithmetic: Arithmetic) -> Interva
         exact = arithmetic.exactly(array)
         return exact, exact
     require(array.dtype == np.uint8, "an input with a scale is uint8")
-    unit = rational(scale, "scale")
-    table = [arithmetic.rational(value * unit) for value in range(256)]
-    kind = np.float64 if isinstance(arithmetic, Float) else object
-    low, high = (np.array([entry[side] for entry in table], dtype=kind) for side in (0, 1))
+    low, high = _bytes(isinstance(arithmetic, Float), rational(scale, "scale"))
     return low[array], high[array]
+
+
+@lru_cache(16)
+def _bytes(rounded: bool, unit: Fraction) -> Interval:
+    """What every byte stands for."""
+    arithmetic = Float() if rounded else Exact()
+    table = [arithmetic.rational(value * unit) for value in range(256)]
+    sides: list[Array] = [np.array([entry[side] for entry in table], dtype=arithmetic.kind) for side in (0, 1)]
+    return sides[0], sides[1]
 
 
 def _linear(C: Array | None, rhs: Array | None, arithmetic: Arithmetic) -> tuple[Array, Array]:
@@ -349,6 +365,17 @@ def _states(arrays: dict[str, Array], arithmetic: Arithmetic) -> dict[str, Array
     names = [name for name in sorted(arrays) if name.startswith("state/")]
     require(all(arrays[name].dtype == np.float64 for name in names), "a state is not float64")
     return {name.removeprefix("state/"): arithmetic.exactly(arrays.pop(name)) for name in names}
+
+
+def regions(claims: Sequence[Claim], arithmetic: Arithmetic) -> Interval:
+    """`region` of each claim, (claims, *features): at once where only the inputs differ."""
+    first = claims[0]
+    if any((c.eps, c.clip) != (first.eps, first.clip) or c.weights is not None for c in claims[1:]):
+        boxes = [region(claim, arithmetic) for claim in claims]
+        return np.stack([lo for lo, _ in boxes]), np.stack([hi for _, hi in boxes])
+    centers = [claim.center for claim in claims]
+    whole = np.stack([lo for lo, _ in centers]), np.stack([hi for _, hi in centers])
+    return region(replace(first, center=whole), arithmetic)
 
 
 def region(claim: Claim, arithmetic: Arithmetic) -> Interval:

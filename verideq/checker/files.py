@@ -16,6 +16,7 @@ from verideq.checker.arithmetic import Array, Rejected, require
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "U8": "|u1", "I64": "<i8"}
 NAMES = {"F64": "float64", "F32": "float32", "U8": "uint8", "I64": "int64"}
+KINDS = {code: np.dtype(form) for code, form in DTYPES.items()}
 LARGEST = 2**32
 """The most bytes that one blob may claim."""
 
@@ -47,21 +48,20 @@ def parse_blob(data: bytes) -> Blob:
     require(isinstance(text, str), "the verideq entry is no string")
     arrays, spans = {}, []
     for name, entry in header.items():
-        require(
-            isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name}: a wrong description"
-        )
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise Rejected(f"{name}: a wrong description")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        require(dtype in DTYPES, f"{name}: the dtype {dtype!r} is not known")
-        whole = isinstance(shape, list) and all(_is_count(n) for n in shape)
-        whole = whole and isinstance(offsets, list) and len(offsets) == 2 and all(_is_count(n) for n in offsets)
-        require(whole, f"{name}: a wrong shape or place")
-        kind = np.dtype(DTYPES[dtype])
-        start, stop = offsets
-        require(
-            stop - start == prod(shape) * kind.itemsize and stop <= len(body), f"{name}: its bytes do not fit its shape"
-        )
+        if dtype not in KINDS:
+            raise Rejected(f"{name}: the dtype {dtype!r} is not known")
+        whole = isinstance(shape, list) and all(map(_is_count, shape))
+        if not (whole and isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_count, offsets))):
+            raise Rejected(f"{name}: a wrong shape or place")
+        kind, (start, stop) = KINDS[dtype], offsets
+        if stop - start != prod(shape) * kind.itemsize or stop > len(body):
+            raise Rejected(f"{name}: its bytes do not fit its shape")
         array = np.frombuffer(body[start:stop], kind).reshape(shape)
-        require(kind.kind != "f" or np.isfinite(array).all(), f"{name} holds NaN or infinity")
+        if kind.kind == "f" and not np.isfinite(array).all():
+            raise Rejected(f"{name} holds NaN or infinity")
         arrays[name] = array
         spans.append((start, stop))
     position = 0
@@ -76,8 +76,10 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     """A JSON object without repeated keys, NaN or infinity."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        require(len({key for key, _ in pairs}) == len(pairs), f"{what} repeats a key")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise Rejected(f"{what} repeats a key")
+        return found
 
     def constant(name: str) -> None:
         raise Rejected(f"{what} holds {name}")
@@ -91,7 +93,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    return type(value) is int and 0 <= value <= LARGEST
 
 
 def records(path: Path) -> Iterator[bytes | Rejected]:

@@ -251,8 +251,8 @@ def monotone(calc: Arithmetic, fused: Node, certificate: Mapping[str, Array]) ->
     return Fraction(stated)
 
 
-def least_eigenvalue(calc: Arithmetic, Q: Interval, L: Array | None = None, near: float = 0.0) -> Any:
-    """A lower bound of the least eigenvalue of every symmetric matrix in an interval.
+def least_eigenvalue(calc: Arithmetic, Q: Interval, L: Array | None = None, near: Array | float = 0.0) -> Array:
+    """A lower bound of the least eigenvalue of every symmetric matrix in an interval, or in each of some.
 
     ``Q ⪰ Q - L Lᵀ``, whose eigenvalues are at least its diagonal less the rest of a row (Gershgorin). Any ``L`` will
     do; the Cholesky factor of ``Q - c I`` for a ``c`` a little below the least eigenvalue leaves ``c``.
@@ -262,17 +262,19 @@ def least_eigenvalue(calc: Arithmetic, Q: Interval, L: Array | None = None, near
     """
     if L is None:
         middle = calc.nearly(Q)
-        shifted = middle - near * np.eye(len(middle))
+        shifted = middle - np.asarray(near)[..., None, None] * np.eye(middle.shape[-1])
         try:
-            L = calc.exactly(np.linalg.cholesky(0.5 * (shifted + shifted.T)))
+            L = calc.exactly(np.linalg.cholesky(0.5 * (shifted + np.swapaxes(shifted, -1, -2))))
         except np.linalg.LinAlgError as error:
             raise Rejected("a matrix has no Cholesky factor, so it is not as positive as claimed") from error
     require(L.shape == Q[0].shape, f"a factor of shape {L.shape} for a matrix of shape {Q[0].shape}")
-    rest = calc.subtract(Q, product(calc, (L, L), (L.T, L.T)))
+    turned = np.swapaxes(L, -1, -2)
+    rest = calc.subtract(Q, product(calc, (L, L), (turned, turned)))
     size = np.maximum(np.abs(rest[0]), np.abs(rest[1]))
-    units = np.arange(len(size))
-    size[units, units] = calc.zero
-    return calc.subtract((rest[0][units, units],) * 2, total(calc, (size, size)))[0].min()
+    units = np.arange(size.shape[-1])
+    size[..., units, units] = calc.zero
+    least: Array = calc.subtract((rest[0][..., units, units],) * 2, total(calc, (size, size)))[0].min(-1)
+    return least
 
 
 def enclosed(

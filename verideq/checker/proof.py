@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 import numpy as np
 
 from verideq.checker.adjoint import PULLS, inner, pull
 from verideq.checker.arithmetic import Arithmetic, Array, Interval, Rejected, constant, number, require
-from verideq.checker.claim import Case, region
+from verideq.checker.claim import Case, regions
 from verideq.checker.dual import Relaxation, Scene, relax
 from verideq.checker.layers import Layer, enclosed, near
 from verideq.checker.network import RULES, Node
@@ -101,8 +100,7 @@ class _Proof:
         self.known = self._around()
         x = self._before("values", "input")
         if x is None:
-            boxes = [region(case.claim, calc) for case in cases]
-            x = np.stack([lo for lo, _ in boxes]), np.stack([hi for _, hi in boxes])
+            x = regions([case.claim for case in cases], calc)
         values = {"input": self._cut("input", x)}
         self.scene = Scene(calc, self.nodes, cases, values, {})
         self.holds = self._ordered(values["input"])
@@ -226,8 +224,13 @@ class _Proof:
         calc, outputs = self.calc, self.scene.values[self.nodes[-1].name][0].shape[1:]
         require(len(outputs) == 1, "the output of the model is no vector")
         rows, shifts = [], []
+        known: dict[object, tuple[Array, Array]] = {}
         for case in self.cases:
-            C, rhs = specification(calc, case, outputs[0])
+            # A label's rows are the same for all; a specification is a claim's own.
+            key = ("label", case.claim.label) if case.claim.linear is None else ("claim", id(case.claim))
+            if key not in known:
+                known[key] = specification(calc, case, outputs[0])
+            C, rhs = known[key]
             chosen = slice(None) if case.rows is None else list(case.rows)
             if case.steps[-1].empty:
                 C, rhs, chosen = constant(calc, calc.zero, 1, outputs[0])[0], constant(calc, calc.zero, 1)[0], slice(1)
@@ -243,10 +246,9 @@ class _Proof:
         ends = self._elided(q, rows) if last.kind in PULLS else np.full((len(steps), rows), -np.inf)
         least = calc.add((ends, ends), shift)[0].min(1)
         plain = steps[0].slopes is None and not steps[0].multipliers
-        claimed = [
-            margin > 0 and Fraction(margin) >= case.claim.margin for case, margin in zip(self.cases, least, strict=True)
-        ]
-        if plain and all(claimed):
+        # For a float64 it is the same whether it is at least a number or at least the next float64 above that.
+        claimed: Array = np.array([calc.rational(case.claim.margin)[1] for case in self.cases], dtype=calc.kind)
+        if plain and ((least > 0) & (least >= claimed)).all():
             return ends
         bounds = self.scene.least({last.name: q}, steps, rows)
         # Coefficients on early values may overflow where the values do not.
@@ -272,19 +274,20 @@ class _Proof:
         identity = calc.exactly(np.eye(units)).reshape(units, *shapes[node.name])
         U, b = chain(calc, nodes, (identity, identity), shapes, node.inputs[0], "input")
         U = U[0].reshape(units, -1), U[1].reshape(units, -1)
-        layer, found = self.proved[node.name], []
+        count, rows = C[0].shape[:2]
+        c, shift = chain(calc, nodes, (C[0].reshape(count * rows, -1),) * 2, shapes, self.nodes[-1].name, node.name)
+        c = c[0].reshape(count, rows, units), c[1].reshape(count, rows, units)
+        shift = shift[0].reshape(count, rows), shift[1].reshape(count, rows)
+        fixed = np.zeros((2, count, units), dtype=bool)
         for place, case in enumerate(self.cases):
-            c, shift = chain(calc, nodes, (C[0][place],) * 2, shapes, self.nodes[-1].name, node.name)
-            c = c[0].reshape(len(c[0]), -1), c[1].reshape(len(c[1]), -1)
-            fixed = np.zeros((2, units), dtype=bool)
             for split in case.splits:
                 if split.node == node.name:
-                    fixed[int(split.above), split.unit] = True
-            x = self.scene.values["input"]
-            box = x[0][place].reshape(-1), x[1][place].reshape(-1)
-            rows = quadratic(calc, layer, U, b, box, case, fixed[1], fixed[0], c, shapes[node.name])
-            found.append(calc.add((rows, rows), shift)[0])
-        return np.stack(found)
+                    fixed[int(split.above), place, split.unit] = True
+        x = self.scene.values["input"]
+        box = x[0].reshape(count, -1), x[1].reshape(count, -1)
+        layer, sides = self.proved[node.name], (fixed[0], fixed[1])
+        found = quadratic(calc, layer, U, b, box, self.cases, sides, c, shapes[node.name])
+        return calc.add((found, found), shift)[0]
 
 
 def specification(calc: Arithmetic, case: Case, outputs: int) -> tuple[Array, Array]:

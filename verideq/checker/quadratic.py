@@ -17,7 +17,7 @@ the unit leaves the quadratic. Neither a box, nor uniqueness, nor the prover's f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -62,58 +62,78 @@ def quadratic(
     U: Interval,
     b: Interval,
     region: Interval,
-    case: Case,
-    above: Array,
-    below: Array,
+    cases: Sequence[Case],
+    fixed: tuple[Array, Array],
     c: Interval,
     state: tuple[int, ...],
 ) -> Array:
-    """A lower bound of ``c · z*`` for every row, (rows,).
+    """A lower bound of ``c · z*`` for every row, (cases, rows).
 
     Args:
         U, b: the injection as an affine map of the input, (units, inputs) and (units,).
-        region: the box of inputs, (inputs,).
-        above, below: (units,), where the splits of the case fix the sign of ``p``.
-        c: (rows, units).
+        region: the boxes of inputs, (cases, inputs).
+        cases: of one form.
+        fixed: (cases, units), where the splits of a case say ``p <= 0``, and where ``p >= 0``.
+        c: (cases, rows, units).
         state: the shape of a state, of as many units.
     """
-    given = case.steps[-1].quadratic
-    rows, units = c[0].shape
+    rows, units = c[0].shape[1:]
     inputs = U[0].shape[1]
+    ballshaped = cases[0].claim.norm == "l2"
     expected = {name: (rows, units) for name in ("lambda", "nu", "tau", "z")} | {"s": (rows, inputs), "eta": (rows,)}
-    ballshaped = case.claim.norm == "l2"
     if ballshaped:
         expected["s"] = (rows, 1)
+    given = {}
     for name, shape in expected.items():
-        require(given[name].shape == shape, f"{name} of the quadratic dual has shape {given[name].shape}")
+        arrays = [case.steps[-1].quadratic[name] for case in cases]
+        for array in arrays:
+            require(array.shape == shape, f"{name} of the quadratic dual has shape {array.shape}")
+        given[name] = np.concatenate(arrays)
+    below, above = (side.repeat(rows, 0) for side in fixed)
     require((given["s"] > calc.zero).all(), "s of the quadratic dual is not positive")
     require((given["nu"] >= calc.zero).all(), "nu of the quadratic dual is negative")
     require(((given["lambda"] >= calc.zero) | above).all(), "lambda of the quadratic dual is negative")
     require(((given["z"] == calc.zero) | ~below).all(), "the point of the quadratic dual is not zero where z is")
-    center, reach = _around(calc, case, region, ballshaped)
-    W = _matrix(calc, layer, state)
-    p0 = calc.add(_times(calc, U, (center, center)), b)
-    found = [
-        _row(calc, W, U, p0, reach, {name: array[k] for name, array in given.items()}, ~below, (c[0][k], c[1][k]))
-        for k in range(rows)
-    ]
-    return np.array(found, dtype=calc.kind)
+    center, reach = _around(calc, cases, region, ballshaped)
+    rest = _matrix(calc, layer, state)
+    p0 = calc.add(product(calc, (center, center), _transposed(U)), b)
+    around = [side.repeat(rows, 0) for side in (*p0, *reach)]
+    flat = c[0].reshape(-1, units), c[1].reshape(-1, units)
+    size, found = max(1, NUMBERS // (units * inputs)), []
+    for start in range(0, len(flat[0]), size):
+        part = slice(start, start + size)
+        own = {name: array[part] for name, array in given.items()}
+        p0, reach = (around[0][part], around[1][part]), (around[2][part], around[3][part])
+        found.append(_rows(calc, rest, U, p0, reach, own, ~below[part], (flat[0][part], flat[1][part])))
+    bounds: Array = np.concatenate(found).reshape(len(cases), rows)
+    return bounds
 
 
-def _around(calc: Arithmetic, case: Case, region: Interval, ballshaped: bool) -> tuple[Array, Interval]:
-    """A point, and the squares of how far ``x`` may be from it: by feature, or of the length."""
+NUMBERS = 2**18
+"""Coefficients of inputs that are worked out together: what a processor's cache holds."""
+
+
+def _around(calc: Arithmetic, cases: Sequence[Case], region: Interval, ballshaped: bool) -> tuple[Array, Interval]:
+    """A point of every case, (cases, inputs), and the squares of how far ``x`` may be from it: by feature, or of the
+    length, (cases, 1).
+    """
     if not ballshaped:
         middle = calc.exactly(calc.nearly(region))
         away = np.maximum(calc.subtract(region, (middle,) * 2)[1], calc.subtract((middle,) * 2, region)[1])
         return middle, calc.multiply((away, away), (away, away))
-    require(case.claim.weights is None, "the quadratic dual takes an l2 ball without weights")
-    center = (case.claim.center[0].reshape(-1), case.claim.center[1].reshape(-1))
+    claims = [case.claim for case in cases]
+    require(all(claim.weights is None for claim in claims), "the quadratic dual takes an l2 ball without weights")
+    stored = [np.stack([claim.center[k].reshape(-1) for claim in claims]) for k in (0, 1)]
+    center = stored[0], stored[1]
     middle = calc.exactly(calc.nearly(center))
     away = np.maximum(calc.subtract(center, (middle,) * 2)[1], calc.subtract((middle,) * 2, center)[1])
     # Each feature of the stored centre is within `away` of the point; the lengths add up to at most this.
     shift = total(calc, (away, away))
-    radius = calc.add(number(calc, case.claim.eps), shift)
-    return middle, calc.multiply(radius, radius)
+    ends = [number(calc, claim.eps) for claim in claims]
+    eps = np.concatenate([low for low, _ in ends]), np.concatenate([high for _, high in ends])
+    radius = calc.add(eps, shift)
+    low, high = calc.multiply(radius, radius)
+    return middle, (low[:, None], high[:, None])
 
 
 def _matrix(calc: Arithmetic, layer: Layer, state: tuple[int, ...]) -> Interval:
@@ -127,22 +147,16 @@ def _matrix(calc: Arithmetic, layer: Layer, state: tuple[int, ...]) -> Interval:
     return calc.add(off, own)
 
 
-def _times(calc: Arithmetic, matrix: Interval, x: Interval) -> Interval:
-    """``A x``, both intervals: (rows,)."""
-    lo, hi = product(calc, matrix, (x[0][:, None], x[1][:, None]))
-    return lo[:, 0], hi[:, 0]
-
-
 def _dot(calc: Arithmetic, a: Interval, b: Interval) -> Interval:
-    """``a · b``, both intervals: a scalar."""
+    """``a · b`` of every row: (rows,)."""
     return total(calc, calc.multiply(a, b))
 
 
 def _transposed(matrix: Interval) -> Interval:
-    return matrix[0].T, matrix[1].T
+    return np.swapaxes(matrix[0], -1, -2), np.swapaxes(matrix[1], -1, -2)
 
 
-def _row(
+def _rows(
     calc: Arithmetic,
     rest: Interval,
     U: Interval,
@@ -152,35 +166,45 @@ def _row(
     kept: Array,
     c: Interval,
 ) -> Array:
-    """The bound of one row; `rest` is ``I - W``, `reach` squares of radii, `kept` the units that may not be zero."""
+    """The bounds of rows; `rest` is ``I - W``, `reach` squares of radii, `kept` the units that may not be zero."""
     lam, nu, tau, z = ((given[name], given[name]) for name in ("lambda", "nu", "tau", "z"))
-    s = np.broadcast_to(given["s"], U[0].shape[1:])
-    weights, half, quarter = (s, s), number(calc, HALF), number(calc, HALF * HALF)
-    column = tau[0][:, None], tau[1][:, None]
-    TR, TU = calc.multiply(column, rest), calc.multiply(column, U)
-    curved = calc.multiply(product(calc, calc.divide(TU, weights), _transposed(TU)), quarter)
-    Q = calc.subtract(calc.multiply(calc.add(TR, _transposed(TR)), half), curved)
-    block, eta = np.ix_(kept, kept), calc.one
-    if kept.any():
-        eta = least_eigenvalue(calc, (Q[0][block], Q[1][block]), near=float(given["eta"]))
-    require(eta > calc.zero, "the quadratic dual is not convex")
+    s, quarter = (given["s"], given["s"]), number(calc, HALF * HALF)
+    eta = _convexity(calc, rest, U, tau[0], s[0], kept, given["eta"])
+    require((eta > calc.zero).all(), "the quadratic dual is not convex")
 
-    p = calc.add(calc.subtract(z, _times(calc, rest, z)), p0)
+    p = calc.add(calc.subtract(z, product(calc, z, _transposed(rest))), p0)
     bent = calc.multiply(tau, z)
     w = calc.subtract(lam, bent)
-    seen = _times(calc, _transposed(U), w)
+    seen = product(calc, w, U)
     cost = calc.subtract(calc.subtract(c, lam), nu)
     gap = calc.multiply(tau, calc.subtract(z, p))
-    squares = calc.divide(calc.multiply(seen, seen), weights)
-    radii = (s[: len(reach[0])],) * 2
+    squares = calc.divide(calc.multiply(seen, seen), s)
     f = calc.add(calc.add(_dot(calc, cost, z), _dot(calc, lam, p)), _dot(calc, gap, z))
-    f = calc.subtract(calc.subtract(f, calc.multiply(total(calc, squares), quarter)), _dot(calc, radii, reach))
+    f = calc.subtract(calc.subtract(f, calc.multiply(total(calc, squares), quarter)), _dot(calc, s, reach))
     # Wᵀ w = w - (I - W)ᵀ w
-    back = calc.subtract(w, _times(calc, _transposed(rest), w))
-    x = calc.multiply(calc.divide(seen, weights), number(calc, -HALF))
-    moved = calc.multiply(tau, _times(calc, U, x))
+    back = calc.subtract(w, product(calc, w, rest))
+    x = calc.multiply(calc.divide(seen, s), number(calc, -HALF))
+    moved = calc.multiply(tau, product(calc, x, _transposed(U)))
     gradient = calc.subtract(calc.add(calc.add(cost, gap), calc.add(bent, back)), moved)
     size = np.where(kept, np.maximum(np.abs(gradient[0]), np.abs(gradient[1])), calc.zero)
-    least: Array = np.array([eta], dtype=calc.kind)
-    lost = calc.multiply(calc.divide(_dot(calc, (size, size), (size, size)), (least, least)), quarter)
-    return calc.subtract(f, lost)[0].reshape(-1)[0]
+    lost = calc.multiply(calc.divide(_dot(calc, (size, size), (size, size)), (eta, eta)), quarter)
+    return calc.subtract(f, lost)[0]
+
+
+def _convexity(calc: Arithmetic, rest: Interval, U: Interval, tau: Array, s: Array, kept: Array, near: Array) -> Array:
+    """``η`` of every row: a lower bound of the least eigenvalue of ``Q`` on the units that are kept."""
+    column, row = (tau[:, :, None],) * 2, (tau[:, None, :],) * 2
+    half, quarter = number(calc, HALF), number(calc, HALF * HALF)
+    TR = calc.multiply(column, rest)
+    scaled = calc.divide(U, (s[:, None, :],) * 2)
+    curved = calc.multiply(calc.multiply(product(calc, scaled, _transposed(U)), calc.multiply(column, row)), quarter)
+    Q = calc.subtract(calc.multiply(calc.add(TR, _transposed(TR)), half), curved)
+    # A unit that is left out gets a row of its own, on a diagonal no smaller than another: no eigenvalue is below it.
+    units = np.arange(tau.shape[1])
+    own = np.where(kept, Q[1][:, units, units], calc.zero)
+    most = np.where(kept.any(1), own.max(1), calc.one)
+    both = kept[:, :, None] & kept[:, None, :]
+    lo, hi = (np.where(both, side, calc.zero) for side in Q)
+    for side in (lo, hi):
+        side[:, units, units] = np.where(kept, side[:, units, units], most[:, None])
+    return least_eigenvalue(calc, (lo, hi), near=calc.nearly((near, near)))
