@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -123,11 +123,16 @@ class Equilibrium(nn.Module):
         UnknownName: a solver or gradient that does not exist.
         ConvergenceError: in a call, when `throw` is set and the solver stopped early.
 
+    `recorder` is how a call is written into a graph that `torch.jit` traces, if it is not to be the solver's steps:
+    `verideq.certify.lirpa` sets it.
+
     >>> layer = Equilibrium(nn.Linear(3, 3, bias=False), nn.Linear(2, 3))
     >>> _ = nn.init.constant_(layer.fusion.weight, -0.2)
     >>> layer(torch.zeros(5, 2)).shape
     torch.Size([5, 3])
     """
+
+    recorder: ClassVar[Callable[[Equilibrium, Tensor], Tensor] | None] = None
 
     def __init__(
         self,
@@ -190,6 +195,8 @@ class Equilibrium(nn.Module):
 
     def equilibrate(self, v: Tensor) -> Tensor:
         """The equilibrium for an injection ``v``, (batch, *features)."""
+        if Equilibrium.recorder is not None and torch.jit.is_tracing():
+            return Equilibrium.recorder(self, v)
         return self._run(v[None])[0]
 
     def equilibrate_ball(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
