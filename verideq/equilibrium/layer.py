@@ -195,7 +195,7 @@ class Equilibrium(nn.Module):
 
     def equilibrate(self, v: Tensor) -> Tensor:
         """The equilibrium for an injection ``v``, (batch, *features)."""
-        if Equilibrium.recorder is not None and torch.jit.is_tracing():
+        if Equilibrium.recorder is not None and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch's
             return Equilibrium.recorder(self, v)
         return self._run(v[None])[0]
 

@@ -44,7 +44,7 @@ def custom_ops(*, split: bool = True) -> dict[str, type[Any]]:
     Like `register` it decides how models are traced from now on, in this process.
 
     Args:
-        split: the pre-activations of an equilibrium are a node of their own: tighter, and one backward pass a unit more.
+        split: the pre-activations of an equilibrium are a node of their own: tighter, at the price of a bound a unit.
             False: one node an equilibrium.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verideq.errors import InputError, UnsupportedOperation
+from verideq.errors import UnsupportedOperation
 
 AFFINE = ("BoundLinear", "BoundConv")
 """Nodes that take a ball itself, and not its box."""
@@ -71,18 +71,17 @@ def refuse_balls(node: Any, *, interval: bool) -> None:
             continue
         seen.add(id(node))
         kind = type(node).__name__
-        if _is_ball(node) or (kind not in AFFINE and any(_is_ball(before) for before in node.inputs)):
-            if _is_ball(node) or interval or kind == "BoundRelu":
-                raise UnsupportedOperation(
-                    "auto_LiRPA takes the centre of this ball for the ball where the input is read by anything but a "
-                    f"Linear or Conv2d, and here it reaches an equilibrium (by {kind}): use method 'CROWN', let the "
-                    "model begin with a Linear or Conv2d (an identity will do), or take an l_inf ball"
-                )
-        elif kind in AFFINE and (_is_ball(node.inputs[0]) or not interval):
-            continue
-        elif not interval and kind != "BoundRelu":
-            continue
-        open_.extend(node.inputs)
+        reads = kind not in AFFINE and any(_is_ball(before) for before in node.inputs)
+        if _is_ball(node) or (reads and (interval or kind == "BoundRelu")):
+            raise UnsupportedOperation(
+                "auto_LiRPA takes the centre of this ball for the ball where the input is read by anything but a "
+                f"Linear or Conv2d, and here it reaches an equilibrium (by {kind}): use method 'CROWN', let the "
+                "model begin with a Linear or Conv2d (an identity will do), or take an l_inf ball"
+            )
+        # Affine nodes begin anew from a ball; linear bounds begin anew everywhere but at a relu.
+        ends = kind in AFFINE and _is_ball(node.inputs[0]) if interval else kind != "BoundRelu"
+        if not ends:
+            open_.extend(node.inputs)
 
 
 def _is_ball(node: Any) -> bool:

@@ -1,8 +1,9 @@
-"""The nodes that auto_LiRPA bounds equilibria by. Imports auto_LiRPA: 0.3 and 0.7.1 call a node a little differently."""
+"""The nodes that auto_LiRPA bounds equilibria by; 0.3 and 0.7.1 call them a little differently."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -14,11 +15,15 @@ from torch import Tensor
 from verideq.box import Box
 from verideq.certify.lirpa.coefficients import dense, refuse_balls
 from verideq.certify.lirpa.record import layer_of, pre_activation
-from verideq.certify.lirpa.relaxation import Relaxation, Snapshot, carry
+from verideq.certify.lirpa.relaxation import Relaxation
+from verideq.certify.lirpa.snapshot import Snapshot, carry
 from verideq.equilibrium import Operator
 from verideq.errors import UnsupportedOperation
 
 Sides = tuple[Tensor | None, Tensor | None]
+
+OLD = hasattr(BoundOptimizableActivation, "clip_alpha_")
+"""0.3."""
 
 
 class _Equilibrium(BoundOptimizableActivation):
@@ -45,6 +50,10 @@ class _Equilibrium(BoundOptimizableActivation):
         self.splittable = False
         self.requires_input_bounds = list(range(self.first + 1))
         self.alpha_batch_dim = 2
+        if OLD:
+            # It lays out the slopes of ReLUs for some rows of a linear layer, and asks for all rows if no ReLU follows.
+            for node in _before(self):
+                node.use_sparse_spec_alpha = False
 
     # --- values
 
@@ -76,27 +85,31 @@ class _Equilibrium(BoundOptimizableActivation):
     def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
         refuse_balls(self.inputs[self.first], interval=True)
         lower, upper = v[self.first]
-        known = self.snapshot().relax(Box(lower, upper))
+        known = Relaxation.over(self.snapshot(), Box(lower, upper))
         return _ends(known.pre if self.is_pre else known.z, lower)
 
     def known(self) -> Relaxation:
         """The relaxation over the bounds that the injection has by now."""
         v = self.inputs[self.first]
         refuse_balls(v, interval=False)
-        return self.snapshot().relax(Box(v.lower, v.upper))
+        return Relaxation.over(self.snapshot(), Box(v.lower, v.upper))
 
     def bound_backward(
         self, last_lA: Any, last_uA: Any, *x: Any, start_node: Any = None, unstable_idx: Any = None, **options: Any
     ) -> tuple[list[Sides], Tensor | int, Tensor | int]:
         known, dtype = self.known(), x[self.first].lower.dtype
         state = tuple(known.pre.lower.shape[1:])
-        sides, constants = [], []
+        sides: list[Tensor | None] = []
+        constants: list[Tensor | int] = []
         for side, (last, sign) in enumerate(((last_lA, 1), (last_uA, -1))):
             A = dense(last, state)
             if A is None:
                 sides.append(None)
                 constants.append(0)
                 continue
+            if type(last).__name__ == "Patches" and not OLD:
+                # Its way of asking for slopes by position; 0.3 asks a ReLU only.
+                self.patch_size[start_node.name] = (last.output_shape[1], A.shape[1], *last.output_shape[2:4], *state)
             places = getattr(last, "unstable_idx", None) if unstable_idx is None else unstable_idx
             alpha = self.chosen(side, A, start_node, places)
             rows, constant = known.least(sign * A, alpha, dtype, pre=self.is_pre)
@@ -115,7 +128,7 @@ class _Equilibrium(BoundOptimizableActivation):
 
     def init_opt_parameters(self, start_nodes: Iterable[Any]) -> None:
         slopes = self.known().adaptive.detach().to(self.inputs[self.first].lower.dtype)
-        self.alpha = type(self.alpha)()
+        self.alpha: dict[str, Tensor] = OrderedDict()
         for name, size, *_ in start_nodes:
             rows = int(size) if isinstance(size, int) else prod(size)
             self.alpha[name] = slopes.expand(2, rows, *slopes.shape).clone()
@@ -136,7 +149,7 @@ class _Equilibrium(BoundOptimizableActivation):
             start: the node whose bounds are asked for.
             places: which of its units the rows belong to; ``None``: all of them in order, or not said.
         """
-        alpha = self.alpha.get(getattr(start, "name", None))
+        alpha = self.alpha.get(getattr(start, "name", ""))
         if self.opt_stage not in ("opt", "reuse") or alpha is None:
             return None
         own: Tensor = alpha[side]
@@ -189,6 +202,17 @@ class BoundEquilibriumRelu(_Equilibrium):
         ends = torch.stack([torch.cat((w, b[:, None]), 1) for w, b in ((pre.lw, pre.lb), (pre.uw, pre.ub))])
         below, above = known.through(ends.to(torch.float64).flatten(1, 2)).view_as(ends)
         return _lines(below, above, like=pre.lb)
+
+
+def _before(node: Any) -> Iterator[Any]:
+    """The nodes that a node depends on, each once."""
+    open_, seen = [*node.inputs], set()
+    while open_:
+        node = open_.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
+            open_.extend(node.inputs)
+            yield node
 
 
 def _value(node: Any) -> Tensor:

@@ -51,8 +51,8 @@ def record(layer: Equilibrium, v: Tensor, *, split: bool) -> Tensor:
 class Recorded:
     """A layer whose free tensors of ``W`` are handed in, by whoever holds them now.
 
-    Buffers (the ``m`` of a schedule, say) are the layer's own: auto_LiRPA keeps copies of buffers, which a schedule does
-    not reach.
+    Buffers (the ``m`` of a schedule, say) are the layer's own: auto_LiRPA keeps copies of buffers, which no schedule
+    reaches.
     """
 
     layer: Equilibrium
@@ -97,12 +97,13 @@ def pre_activation(operator: Operator, v: Tensor, z: Tensor) -> Tensor:
 @contextmanager
 def _untraced() -> Iterator[None]:
     """A stretch of a trace that leaves nothing in the graph."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[arg-type]  # torch takes None, its stub does not say so
+    tracer: Any = torch._C  # its stub leaves the setter out
+    state = tracer._get_tracing_state()
+    tracer._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)  # type: ignore[arg-type]  # what torch itself returned
+        tracer._set_tracing_state(state)
 
 
 def _apply(function: Any, *arguments: Any) -> Tensor:

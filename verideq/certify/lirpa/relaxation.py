@@ -1,7 +1,8 @@
 """Linear bounds of one equilibrium, with gradients: the mathematics of the nodes, without auto_LiRPA.
 
-With every row solved for its own unknown, ``z = relu(P)``, ``P = W̃ z + ṽ`` (docs/theory.md). Let ``P`` be in ``[l, h]``
-and ``z`` in a box ``Z``; ``a >= h / (h - l)`` where ``l < 0 < h``, and 1 elsewhere. The relu lies between two lines,
+With every row solved for its own unknown, ``z = relu(P)``, ``P = W̃ z + ṽ`` (docs/theory.md). Let ``P`` be in
+``[l, h]`` and ``z`` in a box ``Z``; ``a >= h / (h - l)`` where ``l < 0 < h``, and 1 elsewhere. The relu lies between two
+lines,
 
     z >= P,        z <= a (P - l)  where l < 0,        z = P  where l >= 0,
 
@@ -9,9 +10,9 @@ and so for *every* ``g``
 
     q · z  >=  g · ṽ  +  min over Z of (q + W̃ᵀ g - g') · z  -  Σ_{g < 0, l < 0} g l,
 
-with ``g' = g / a`` in the places of that sum and ``g`` elsewhere. CROWN's ``g`` is the fixed point ``g = D (q + W̃ᵀ g)``,
-``D`` the slope of the lower line where the bracket is positive and of the upper one where it is not; it contracts under
-the gauge. A solver that stops early makes the bound looser, never wrong. The same lines push linear bounds forwards:
+with ``g' = g / a`` in the places of that sum and ``g`` elsewhere. CROWN's ``g`` is the fixed point ``g = D (q + W̃ᵀ
+g)``, ``D`` the slope of the lower line where the bracket is positive and of the upper one where it is not; it contracts
+under the gauge. A solver that stops early makes the bound looser, never wrong. The same lines push linear bounds forwards:
 started from the box, every step of that recursion is a bound.
 
 Everything is float64, whatever the model is, and the box is rounded outward; the lines are not, as nothing is in
@@ -20,131 +21,19 @@ auto_LiRPA.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from verideq.box import Box
 from verideq.certify.enclosure import enclose, pre_activations
-from verideq.equilibrium import Auto, Equilibrium, FactoredFusion, Implicit, Operator, Picard, System, fixed_point
-from verideq.equilibrium.gauge import Gauge, gauge
-from verideq.equilibrium.gradients import differentiable
-from verideq.errors import InputError, NoGaugeError
+from verideq.certify.lirpa.snapshot import COARSE, TIGHT, Snapshot, Step, carry
+from verideq.equilibrium import Picard, System, fixed_point
+from verideq.errors import InputError
 
-TOLERANCE = {torch.float64: 1e-13}
-"""Of the solvers, by the dtype of the model."""
-COARSE = 1e-8
-"""Likewise, for every other dtype: below what it resolves."""
-STEPS = 500
 ELEMENTS = 2**23
 """Coefficients that are solved for at a time."""
-
-Step = Callable[[Tensor], Tensor]
-
-
-class _Given(FactoredFusion):
-    """A ``W`` that is there already."""
-
-    def __init__(self, operator: Operator) -> None:
-        super().__init__()
-        self._operator = operator
-
-    def operator(self) -> Operator:
-        return self._operator
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One evaluation of ``W``, in float64 and tracked by autograd if its tensors are.
-
-    Args:
-        operator: ``W``.
-        layer: the same, cut off from autograd, as a layer of its own.
-        gauge: of that layer.
-        tolerance: relative, of every solver.
-        throw: raise where an adjoint, of a gradient, does not converge.
-    """
-
-    operator: Operator
-    layer: Equilibrium
-    gauge: Gauge
-    tolerance: float
-    throw: bool = True
-
-    @staticmethod
-    def of(operator: Operator, *, throw: bool = True) -> Snapshot:
-        """From the layer's own operator.
-
-        Raises:
-            NoGaugeError: without a gauge there are no interval bounds, and so no linear ones.
-        """
-        tolerance = TOLERANCE.get(operator.dtype, COARSE)
-        tracked = operator.map(lambda t: t.to(torch.float64))
-        layer = Equilibrium(_Given(tracked.map(Tensor.detach)), nn.Identity())
-        try:
-            return Snapshot(tracked, layer, gauge(layer), tolerance, throw)
-        except NoGaugeError as error:
-            raise NoGaugeError(f"auto_LiRPA cannot bound this equilibrium: {error}", error.rate) from error
-
-    @property
-    def solver(self) -> Auto:
-        return Auto(self.tolerance, STEPS)
-
-    @cached_property
-    def solved(self) -> tuple[Operator, Tensor]:
-        """``W̃`` and the factor that takes ``v`` to ``ṽ``."""
-        return self.operator.solved()
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Snapshot:
-        """The same with every tensor of ``W`` changed."""
-        return Snapshot(self.operator.map(change), self.layer, self.gauge, self.tolerance, self.throw)
-
-    def attach(self, value: Tensor, step: Step, frozen: Step) -> Tensor:
-        """A fixed point, (parts, batch, *features), with the gradient of the map that has it."""
-        if not torch.is_grad_enabled():
-            return value
-        implicit = Implicit(self.solver)
-        return carry(value, differentiable(value, step, frozen, implicit, self.throw))
-
-    def relax(self, v: Box) -> Relaxation:
-        """What is known of ``z`` and ``P`` for every injection of a box.
-
-        Args:
-            v: of any dtype, (batch, *features); ends that crossed by rounding are taken the other way round.
-
-        Raises:
-            InputError: NaN or infinity in the box.
-        """
-        ends = torch.stack((v.lower, v.upper)).to(torch.float64)
-        if not bool(ends.isfinite().all()):
-            # auto_LiRPA would go on with it, and replaces a NaN among its biases by zero.
-            raise InputError(
-                "the bounds of what is injected into an equilibrium hold NaN or infinity; lower eps, or look for the "
-                "layer before it that overflows"
-            )
-        lower, upper = ends.amin(0), ends.amax(0)
-        box = Box(lower.detach(), upper.detach())
-        z = enclose(self.layer, self.gauge, box, self.solver).box
-        pre = pre_activations(self.layer, box, z)
-        if not bool((z.sound() & pre.sound()).all()):
-            raise InputError("the box of an equilibrium overflowed; lower eps, or scale its weights down")
-        center, radius = (lower + upper) / 2, (upper - lower) / 2
-        system = System(self.operator, torch.stack((center, radius))).solved()
-        middle, half = self.attach(
-            torch.stack((z.center, z.width / 2)), system.stepper(), system.map(Tensor.detach).stepper()
-        )
-        solved, factor = self.solved
-        p, q = solved.apply(middle) + center * factor, solved.absolute().apply(half) + radius * factor
-        z = Box(carry(z.lower, middle - half), carry(z.upper, middle + half))
-        return Relaxation(self, Box(carry(pre.lower, p - q), carry(pre.upper, p + q)), z).tidied()
-
-
-def carry(value: Tensor, tracked: Tensor) -> Tensor:
-    """The numbers of one tensor with the gradient of another."""
-    return value.detach() + (tracked - tracked.detach()) if tracked.requires_grad else value.detach()
 
 
 @dataclass(frozen=True)
@@ -160,6 +49,40 @@ class Relaxation:
     snapshot: Snapshot
     pre: Box
     z: Box
+
+    @staticmethod
+    def over(snapshot: Snapshot, v: Box) -> Relaxation:
+        """What is known of ``z`` and ``P`` for every injection of a box.
+
+        Args:
+            snapshot: of ``W``.
+            v: of any dtype, (batch, *features); ends that crossed by rounding are taken the other way round.
+
+        Raises:
+            InputError: NaN or infinity in the box.
+        """
+        ends = torch.stack((v.lower, v.upper)).to(torch.float64)
+        if not bool(ends.isfinite().all()):
+            # auto_LiRPA would go on with it, and replaces a NaN among its biases by zero.
+            raise InputError(
+                "the bounds of what is injected into an equilibrium hold NaN or infinity; lower eps, or look for the "
+                "layer before it that overflows"
+            )
+        lower, upper = ends.amin(0), ends.amax(0)
+        box = Box(lower.detach(), upper.detach())
+        z = enclose(snapshot.layer, snapshot.gauge, box, TIGHT if snapshot.exact else COARSE).box
+        pre = pre_activations(snapshot.layer, box, z)
+        if not bool((z.sound() & pre.sound()).all()):
+            raise InputError("the box of an equilibrium overflowed; lower eps, or scale its weights down")
+        center, radius = (lower + upper) / 2, (upper - lower) / 2
+        system = System(snapshot.operator, torch.stack((center, radius))).solved()
+        middle, half = snapshot.attach(
+            torch.stack((z.center, z.width / 2)), system.stepper(), system.map(Tensor.detach).stepper()
+        )
+        solved, factor = snapshot.solved
+        p, q = solved.apply(middle) + center * factor, solved.absolute().apply(half) + radius * factor
+        z = Box(carry(z.lower, middle - half), carry(z.upper, middle + half))
+        return Relaxation(snapshot, Box(carry(pre.lower, p - q), carry(pre.upper, p + q)), z).tidied()
 
     def tidied(self) -> Relaxation:
         """The same with ``Z`` cut to what ``[l, h]`` says of it."""
@@ -203,9 +126,7 @@ class Relaxation:
         pre, z = (Box(box.lower.detach(), box.upper.detach()) for box in (self.pre, self.z))
         return Relaxation(self.snapshot.map(Tensor.detach), pre, z)
 
-    def least(
-        self, A: Tensor, alpha: Tensor | None, dtype: torch.dtype, *, pre: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def least(self, A: Tensor, alpha: Tensor | None, dtype: torch.dtype, *, pre: bool = False) -> tuple[Tensor, Tensor]:
         """Rows on ``v`` and constants with ``A · z >= rows · v + constants``, or for ``P`` in place of ``z``.
 
         Args:
@@ -221,10 +142,10 @@ class Relaxation:
             InputError: NaN or infinity among them: auto_LiRPA would take a NaN for zero.
         """
         size = max(1, ELEMENTS // max(1, A[0].numel()))
-        each = None if alpha is None or len(alpha) != len(A) else alpha.split(size)
+        each = None if alpha is None or len(alpha) != len(A) else torch.split(alpha, size)
         parts = [
             self._least(part.to(torch.float64), alpha if each is None else each[i], dtype, pre)
-            for i, part in enumerate(A.split(size))
+            for i, part in enumerate(torch.split(A, size))
         ]
         rows, constants = (torch.cat(sides) for sides in zip(*parts, strict=True))
         if not bool(constants.isfinite().all()):
@@ -283,8 +204,9 @@ class Relaxation:
         ends = torch.zeros_like(v).view(2, *lower.shape)
         ends[:, :, -1] = torch.stack((self.z.lower, self.z.upper)).detach()
         # Plain steps: each of them takes bounds to bounds.
+        plain = Picard(self.snapshot.solver.tol, self.snapshot.solver.max_steps)
         with torch.no_grad():
-            value = fixed_point(frozen, ends.flatten(1, 2), Picard(self.snapshot.tolerance, STEPS)).value
+            value = fixed_point(frozen, ends.flatten(1, 2), plain).value
         found = self.snapshot.attach(value, step, frozen)
         result = self._spread(found, v) if pre else found
         below, above = result.view(2, *lower.shape)
