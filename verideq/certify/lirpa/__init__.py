@@ -12,7 +12,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from verideq.certify.lirpa.record import PRE, RELU, WHOLE, record
+from verideq.certify.lirpa.recording import PRE, RELU, WHOLE, record
 from verideq.equilibrium import Equilibrium
 
 __all__ = ["custom_ops", "register"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from verideq.box import Box
 from verideq.certify.lirpa.coefficients import dense, refuse_balls
-from verideq.certify.lirpa.record import layer_of, pre_activation
+from verideq.certify.lirpa.recording import layer_of, pre_activation
 from verideq.certify.lirpa.relaxation import Relaxation
 from verideq.certify.lirpa.snapshot import Snapshot, carry
 from verideq.equilibrium import Operator

@@ -1,8 +1,8 @@
 """Linear bounds of one equilibrium, with gradients: the mathematics of the nodes, without auto_LiRPA.
 
 With every row solved for its own unknown, ``z = relu(P)``, ``P = W̃ z + ṽ`` (docs/theory.md). Let ``P`` be in
-``[l, h]`` and ``z`` in a box ``Z``; ``a >= h / (h - l)`` where ``l < 0 < h``, and 1 elsewhere. The relu lies between two
-lines,
+``[l, h]`` and ``z`` in a box ``Z``; ``a >= h / (h - l)`` where ``l < 0 < h``, and 1 elsewhere. The relu lies between
+two lines,
 
     z >= P,        z <= a (P - l)  where l < 0,        z = P  where l >= 0,
 
@@ -10,9 +10,9 @@ and so for *every* ``g``
 
     q · z  >=  g · ṽ  +  min over Z of (q + W̃ᵀ g - g') · z  -  Σ_{g < 0, l < 0} g l,
 
-with ``g' = g / a`` in the places of that sum and ``g`` elsewhere. CROWN's ``g`` is the fixed point ``g = D (q + W̃ᵀ
-g)``, ``D`` the slope of the lower line where the bracket is positive and of the upper one where it is not; it contracts
-under the gauge. A solver that stops early makes the bound looser, never wrong. The same lines push linear bounds forwards:
+with ``g' = g / a`` in the places of that sum and ``g`` elsewhere. CROWN's ``g`` is the fixed point ``D (q + W̃ᵀ g)``,
+``D`` the slope of the lower line where the bracket is positive and of the upper one where it is not; it contracts under
+the gauge. A solver that stops early makes the bound looser, never wrong. The same lines push linear bounds forwards:
 started from the box, every step of that recursion is a bound.
 
 Everything is float64, whatever the model is, and the box is rounded outward; the lines are not, as nothing is in
