@@ -76,7 +76,7 @@ def test_no_sampled_equilibrium_lies_below_a_bound(kind: str, pre: bool) -> None
     v = injections(STATES[kind])
     known = Relaxation.over(Snapshot.of(operator(kind)), v)
     assert bool(known.unstable.any())
-    assert -ROUNDING <= gap(known, v, pre=pre) < 0.3
+    assert -ROUNDING <= gap(known, v, pre=pre) < 0.4
     for alpha in (torch.zeros(1), torch.ones(1), torch.rand(6, 3, *STATES[kind], dtype=torch.float64)):
         assert gap(known, v, pre=pre, alpha=alpha) >= -ROUNDING
 
@@ -293,7 +293,7 @@ def test_a_recorded_layer_takes_its_tensors_from_outside() -> None:
     other = torch.full((2, 2), 0.2, requires_grad=True)
     recorded = recording.Recorded(layer)
     assert isinstance(recorded.operator([other]), Dense)
-    assert recorded.operator([other]).absolute_units()[0, 0] == pytest.approx(0.2)
+    assert recorded.operator([other]).absolute_units().detach()[0, 0] == pytest.approx(0.2)
     recorded.equilibrate(torch.ones(1, 2), [other]).sum().backward()
     assert other.grad is not None and bool((other.grad > 0).all())
     assert layer.fusion.weight.grad is None
