@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install certify test proofs check fmt build wheel-check clean
+.PHONY: help install auto-lirpa certify test proofs check fmt build wheel-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,10 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $@
+
+auto-lirpa: $(STAMP) ## install auto_LiRPA 0.3, whose tests are skipped without it
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[lirpa]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps auto_LiRPA==0.3
 
 certify: $(STAMP) ## certify the bundled model on the digits; e.g. ARGS="--eps 0.1 --limit 50"
 	$(BIN)/verideq certify $(ARGS)

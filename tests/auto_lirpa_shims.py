@@ -36,11 +36,13 @@ def auto_lirpa() -> Any:
         if os.environ.get(REQUIRED):
             raise RuntimeError(f"{REQUIRED} is set, and auto_LiRPA is not installed: see .ci/run")
         pytest.skip("auto_LiRPA is not installed (docs/auto-lirpa.md)", allow_module_level=True)
-    with warnings.catch_warnings():  # of its own, and it changes the filters
-        warnings.simplefilter("ignore")
+    depth = sys.getrecursionlimit()
+    with warnings.catch_warnings(record=True):  # of its own, and it changes the filters
         if str(installed()).startswith("0.3"):
             _mend()
-        return importlib.import_module("auto_LiRPA")
+        module = importlib.import_module("auto_LiRPA")
+    sys.setrecursionlimit(depth)  # it lifts that to a million
+    return module
 
 
 def _mend() -> None:

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from verideq.box import Box
 from verideq.certify.enclosure import enclose, pre_activations
-from verideq.certify.lirpa.snapshot import COARSE, TIGHT, Snapshot, Step, carry
+from verideq.certify.lirpa.snapshot import NARROW, TIGHT, Snapshot, Step, carry
 from verideq.equilibrium import Picard, System, fixed_point
 from verideq.errors import InputError
 
-ELEMENTS = 2**23
-"""Coefficients that are solved for at a time."""
+ELEMENTS = 2**18
+"""Coefficients that are solved for at a time: what stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Relaxation:
             )
         lower, upper = ends.amin(0), ends.amax(0)
         box = Box(lower.detach(), upper.detach())
-        z = enclose(snapshot.layer, snapshot.gauge, box, TIGHT if snapshot.exact else COARSE).box
+        z = enclose(snapshot.layer, snapshot.gauge, box, TIGHT if snapshot.exact else NARROW).box
         pre = pre_activations(snapshot.layer, box, z)
         if not bool((z.sound() & pre.sound()).all()):
             raise InputError("the box of an equilibrium overflowed; lower eps, or scale its weights down")
@@ -121,10 +121,14 @@ class Relaxation:
         chosen = self.adaptive if alpha is None else alpha.to(self.slope).clamp(0, 1)
         return torch.where(self.unstable, chosen, on), torch.where(self.unstable, self.slope, on)
 
-    def detached(self) -> Relaxation:
+    def detached(self, dtype: torch.dtype = torch.float64) -> Relaxation:
         """The same, cut off from autograd."""
-        pre, z = (Box(box.lower.detach(), box.upper.detach()) for box in (self.pre, self.z))
-        return Relaxation(self.snapshot.map(Tensor.detach), pre, z)
+
+        def change(t: Tensor) -> Tensor:
+            return t.detach().to(dtype)
+
+        pre, z = (Box(change(box.lower), change(box.upper)) for box in (self.pre, self.z))
+        return Relaxation(self.snapshot.map(change), pre, z)
 
     def least(self, A: Tensor, alpha: Tensor | None, dtype: torch.dtype, *, pre: bool = False) -> tuple[Tensor, Tensor]:
         """Rows on ``v`` and constants with ``A · z >= rows · v + constants``, or for ``P`` in place of ``z``.
@@ -173,13 +177,15 @@ class Relaxation:
 
     def respond(self, q: Tensor, alpha: Tensor | None) -> Tensor:
         """CROWN's multipliers for rows on ``z``, both (rows, batch, *state)."""
-        step = self._response(q, alpha)
-        frozen = self.detached()._response(q.detach(), None if alpha is None else alpha.detach())
+        fixed, start = None if alpha is None else alpha.detach(), torch.zeros_like(q).flatten(0, 1)[None]
+        dtype = torch.float64 if self.snapshot.exact else torch.float32
         with torch.no_grad():
-            value = fixed_point(frozen, torch.zeros_like(q).flatten(0, 1)[None], self.snapshot.solver).value
+            step = self.detached(dtype)._response(q.to(dtype), fixed)
+            value = fixed_point(step, start.to(dtype), self.snapshot.solver).value
         # Any multipliers are sound, but for NaN.
-        value = value.nan_to_num(0.0, 0.0, 0.0)
-        return self.snapshot.attach(value, step, frozen)[0].view_as(q)
+        value = value.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+        frozen = self.detached()._response(q.detach(), fixed)
+        return self.snapshot.attach(value, self._response(q, alpha), frozen)[0].view_as(q)
 
     def _response(self, q: Tensor, alpha: Tensor | None) -> Step:
         transposed = self.snapshot.solved[0].transpose()

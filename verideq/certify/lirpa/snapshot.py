@@ -13,8 +13,10 @@ from verideq.equilibrium import Auto, Equilibrium, FactoredFusion, Gauge, Implic
 from verideq.equilibrium.gradients import differentiable
 from verideq.errors import NoGaugeError
 
-TIGHT, FINE, COARSE = Auto(1e-13, 500), Auto(1e-10, 500), Auto(1e-7, 500)
-"""The solvers of a float64 model's boxes; of its multipliers and gradients; and of any other model's everything."""
+TIGHT, FINE = Auto(1e-13, 500), Auto(1e-10, 500)
+"""The solvers of a float64 model's boxes, and of its multipliers and gradients."""
+NARROW, COARSE = Auto(1e-8, 500), Auto(1e-5, 500)
+"""The same of any other model: no wider than it resolves, and what its solvers are asked for."""
 Step = Callable[[Tensor], Tensor]
 
 
