@@ -2,8 +2,8 @@
 
     python examples/auto_lirpa.py
 
-Needs auto_LiRPA (docs/auto-lirpa.md says how to install it). `lirpa.register()` is the only line that is verideq's; what
-follows is how auto_LiRPA is used on any model.
+Needs auto_LiRPA (docs/auto-lirpa.md says how to install it). `lirpa.register()` is the only line that is verideq's; all
+else is how auto_LiRPA is used on any model.
 """
 
 from __future__ import annotations

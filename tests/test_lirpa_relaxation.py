@@ -248,13 +248,17 @@ def test_coefficients_in_their_four_forms() -> None:
     scaled = dense(made("OneHotC", shape=(2, 3, 4), device="cpu", index=places, coeffs=A[..., 0]), (4,))
     assert scaled is not None
     torch.testing.assert_close(scaled.sum(2), A[..., 0])
-    patches = made("Patches", patches=A, stride=(2, 1), inserted_zeros=0)
-    with pytest.raises(UnsupportedOperation, match="conv_mode': 'matrix'"):
-        dense(patches, (4,))
+    patches = made("Patches", patches=A, stride=2, inserted_zeros=0, output_padding=0)
+    for field, bad in (("stride", (2, 1)), ("inserted_zeros", 1), ("output_padding", (0, 1, 0, 0)), ("patches", None)):
+        strange = made("Patches", **{**vars(patches), field: bad})
+        with pytest.raises(UnsupportedOperation, match="conv_mode': 'matrix'"):
+            dense(strange, (4,))
 
 
 def node(kind: str, *inputs: object, norm: float | None = None, perturbed: bool = True) -> SimpleNamespace:
     made = type(kind, (SimpleNamespace,), {})(inputs=list(inputs), perturbed=perturbed)
+    if kind in ("BoundRelu", "BoundTanh"):
+        made.requires_input_bounds = [0]
     if norm is not None:
         made.perturbation = SimpleNamespace(norm=norm, eps=0.1)
     return made  # type: ignore[no-any-return]  # a class of its own, for its name
@@ -268,7 +272,10 @@ def test_balls_that_auto_lirpa_takes_for_their_centres_are_refused() -> None:
     for interval in (True, False):
         refuse_balls(straight, interval=interval)
         refuse_balls(node("BoundRelu", straight), interval=interval)
-        for bad in (ball, node("BoundReshape", ball), node("BoundRelu", ball)):
+        counted = node("BoundInput")
+        counted.perturbation = type("PerturbationL0Norm", (SimpleNamespace,), {})(eps=2)
+        deep = node("BoundLinear", node("BoundTanh", ball), weight)
+        for bad in (ball, node("BoundReshape", ball), node("BoundRelu", ball), deep, counted):
             with pytest.raises(UnsupportedOperation, match="takes the centre of this ball for the ball"):
                 refuse_balls(bad, interval=interval)
     for mixed in (scaled, added):

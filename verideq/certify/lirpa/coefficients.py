@@ -6,6 +6,7 @@ Its classes are told by name and by their fields, so that nothing is imported an
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def dense(A: Any, state: tuple[int, ...]) -> Tensor | None:
         ones = torch.ones_like(index, dtype=torch.get_default_dtype()) if A.coeffs is None else A.coeffs
         empty = torch.zeros(*index.shape, size, dtype=ones.dtype, device=A.device)
         return empty.scatter(2, index[:, :, None], ones[:, :, None]).view(*index.shape, *state)
-    if kind == "Patches" and A.patches is not None and isinstance(A.stride, int) and A.inserted_zeros == 0:
+    if kind == "Patches" and _plain(A):
         batch = A.patches.shape[1]
         matrix: Tensor = A.to_matrix((batch, *state))
         return matrix.transpose(0, 1)
@@ -50,38 +51,47 @@ def dense(A: Any, state: tuple[int, ...]) -> Tensor | None:
     )
 
 
-def refuse_balls(node: Any, *, interval: bool) -> None:
-    """Nothing, unless the bounds of `node` are the centre of an l2 (or l1, ...) ball instead of the ball.
+def _plain(patches: Any) -> bool:
+    """Whether auto_LiRPA can make a matrix of its patches."""
+    padded = torch.as_tensor(patches.output_padding).any()
+    return patches.patches is not None and isinstance(patches.stride, int) and not patches.inserted_zeros and not padded
+
+
+def refuse_balls(v: Any, *, interval: bool) -> None:
+    """Nothing, unless bounds come from the centre of an l2 (or l1, ...) ball where the ball was meant.
 
     auto_LiRPA keeps a ball that is not l_inf as its centre with the norm beside it, which only linear and convolutional
     layers look at. What reads it otherwise is bounded at the centre: by intervals every other operation, by linear
     bounds those that need to know the box of what they read.
 
     Args:
-        node: the node whose bounds an equilibrium is about to use.
+        v: the node whose bounds an equilibrium is about to use.
         interval: they were found by intervals.
 
     Raises:
         UnsupportedOperation: with the remedy.
     """
-    open_, seen = [node], set()
-    while open_:
-        node = open_.pop()
-        if id(node) in seen or not node.perturbed:
-            continue
-        seen.add(id(node))
+    for node in (v, *before(v)):
         kind = type(node).__name__
-        reads = kind not in AFFINE and any(_is_ball(before) for before in node.inputs)
-        if _is_ball(node) or (reads and (interval or kind == "BoundRelu")):
+        blind = kind not in AFFINE if interval else bool(getattr(node, "requires_input_bounds", ()))
+        reads = blind and not _is_ball(node) and any(_is_ball(read) for read in node.inputs)
+        if reads or (node is v and _is_ball(v)):
             raise UnsupportedOperation(
                 "auto_LiRPA takes the centre of this ball for the ball where the input is read by anything but a "
-                f"Linear or Conv2d, and here it reaches an equilibrium (by {kind}): use method 'CROWN', let the "
-                "model begin with a Linear or Conv2d (an identity will do), or take an l_inf ball"
+                f"Linear or Conv2d, and here it reaches an equilibrium (by {kind}): use method 'CROWN', let the model "
+                "begin with a Linear or Conv2d (an identity will do), or take an l_inf ball"
             )
-        # Affine nodes begin anew from a ball; linear bounds begin anew everywhere but at a relu.
-        ends = kind in AFFINE and _is_ball(node.inputs[0]) if interval else kind != "BoundRelu"
-        if not ends:
+
+
+def before(node: Any) -> Iterator[Any]:
+    """The nodes that a node depends on, each once."""
+    open_, seen = [*node.inputs], set()
+    while open_:
+        node = open_.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
             open_.extend(node.inputs)
+            yield node
 
 
 def _is_ball(node: Any) -> bool:
@@ -89,5 +99,5 @@ def _is_ball(node: Any) -> bool:
     while type(node).__name__ in RESHAPING:
         node = node.inputs[0]
     ball = getattr(node, "perturbation", None)
-    norm, eps = getattr(ball, "norm", math.inf), getattr(ball, "eps", 0)
-    return norm < math.inf and bool(torch.as_tensor(eps).any())
+    norm = 0 if type(ball).__name__ == "PerturbationL0Norm" else getattr(ball, "norm", math.inf)
+    return norm < math.inf and bool(torch.as_tensor(getattr(ball, "eps", 0)).any())

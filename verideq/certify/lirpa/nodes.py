@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -13,7 +13,7 @@ from auto_LiRPA.linear_bound import LinearBound
 from torch import Tensor
 
 from verideq.box import Box
-from verideq.certify.lirpa.coefficients import dense, refuse_balls
+from verideq.certify.lirpa.coefficients import before, dense, refuse_balls
 from verideq.certify.lirpa.recording import layer_of, pre_activation
 from verideq.certify.lirpa.relaxation import Relaxation
 from verideq.certify.lirpa.snapshot import Snapshot, carry
@@ -52,7 +52,7 @@ class _Equilibrium(BoundOptimizableActivation):
         self.alpha_batch_dim = 2
         if OLD:
             # It lays out the slopes of ReLUs for some rows of a linear layer, and asks for all rows if no ReLU follows.
-            for node in _before(self):
+            for node in before(self):
                 node.use_sparse_spec_alpha = False
 
     # --- values
@@ -202,17 +202,6 @@ class BoundEquilibriumRelu(_Equilibrium):
         ends = torch.stack([torch.cat((w, b[:, None]), 1) for w, b in ((pre.lw, pre.lb), (pre.uw, pre.ub))])
         below, above = known.through(ends.to(torch.float64).flatten(1, 2)).view_as(ends)
         return _lines(below, above, like=pre.lb)
-
-
-def _before(node: Any) -> Iterator[Any]:
-    """The nodes that a node depends on, each once."""
-    open_, seen = [*node.inputs], set()
-    while open_:
-        node = open_.pop()
-        if id(node) not in seen:
-            seen.add(id(node))
-            open_.extend(node.inputs)
-            yield node
 
 
 def _value(node: Any) -> Tensor:
