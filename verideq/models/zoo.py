@@ -99,12 +99,16 @@ def conv_deq(
     *,
     explicit: bool = False,
     width: int = 32,
+    kernel: int = 3,
     stride: int = 2,
+    stem: int = 0,
     pool: int = 1,
+    units: int = 0,
 ) -> nn.Sequential:
     """One convolutional equilibrium of `width` channels, in the manner of DEQ-3 of Wei & Kolter.
 
-    Batch norm on the injection and on the equilibrium, average pooling, a linear classifier.
+    Batch norm on the injection and on the equilibrium, average pooling, a linear classifier; before it a convolution of
+    stride 2 and after it a dense layer, each with batch norm and ReLU, where they are asked for.
 
     Args:
         input_shape: (channels, height, width).
@@ -112,19 +116,31 @@ def conv_deq(
         parametrize: of the equilibrium's ``W``.
         explicit: the feed-forward twin.
         width: channels of the equilibrium.
+        kernel: of the injection, and of the convolution before it.
         stride: of the injection.
+        stem: channels of the convolution before the equilibrium, 0 for none.
         pool: kernel of the average pooling, 1 for none.
+        units: of the dense layer after it, 0 for none.
     """
     channels, rows, columns = input_shape
+    padding = (kernel - 1) // 2
+
+    def shrunk(size: int, stride: int) -> int:
+        return (size + 2 * padding - kernel) // stride + 1
+
+    parts: list[nn.Module] = []
+    if stem:
+        parts += [nn.Conv2d(channels, stem, kernel, 2, padding, bias=False), nn.BatchNorm2d(stem), nn.ReLU()]
+        channels, rows, columns = stem, shrunk(rows, 2), shrunk(columns, 2)
+    extract = [nn.Conv2d(channels, width, kernel, stride, padding, bias=False), nn.BatchNorm2d(width)]
     fusion = _convolution(width, width, bias=False)
-    extract = [_convolution(channels, width, stride, bias=False), nn.BatchNorm2d(width)]
-    rows, columns = (_halved(size, stride) // pool for size in (rows, columns))
-    return nn.Sequential(
-        *layer(extract, fusion, parametrize, [nn.BatchNorm2d(width)], explicit=explicit),
-        nn.AvgPool2d(pool),
-        nn.Flatten(),
-        nn.Linear(width * rows * columns, classes),
-    )
+    parts += layer(extract, fusion, parametrize, [nn.BatchNorm2d(width)], explicit=explicit)
+    features = width * (shrunk(rows, stride) // pool) * (shrunk(columns, stride) // pool)
+    parts += [nn.AvgPool2d(pool), nn.Flatten()]
+    if units:
+        parts += [nn.Linear(features, units, bias=False), nn.BatchNorm1d(units), nn.ReLU()]
+        features = units
+    return nn.Sequential(*parts, nn.Linear(features, classes))
 
 
 def deq_3(
