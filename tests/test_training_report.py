@@ -1,9 +1,10 @@
-"""The page of a training run, and the command that trains: what they show, and what they say when it cannot be shown."""
+"""The page of a training run, and the command that trains: what they show, and what they say when they cannot."""
 
 from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_the_diagnosis_holds_the_figures_of_the_papers(folder: Path) -> None:
         (widths,) = moment["steps"].values()
         assert widths[0] == 0 and len(widths) == STEPS + 1
         # From 0 the iterates grow to the interval fixed point, at the rate of the gauge or faster.
-        steps = [b - a for a, b in zip(widths, widths[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(widths)]
         assert abs(steps[-1]) < 0.2 * abs(steps[0])
         (values,) = moment["singular"].values()
         assert values[0] == 1 and values == sorted(values, reverse=True) and len(values) == 4

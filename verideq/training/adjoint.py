@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from verideq.box import Box
-from verideq.certify.backward import Relaxed, Rows, Rule, Scene, crown, inner
+from verideq.certify.backward import Relaxed, Rule, Scene, crown, inner
 from verideq.equilibrium import Equilibrium
 from verideq.graph import INPUT, Graph, Node
 from verideq.training.loss import Pass
@@ -32,8 +32,8 @@ class _Relaxed(Relaxed):
 class _Scene(Scene):
     """Boxes whose ends have gradients of their own."""
 
-    def over_box(self, rows: Rows, box: Box) -> Tensor:
-        return inner(rows, box, self.samples)
+    def over_box(self, rows: Tensor, box: Box) -> Tensor:
+        return inner(self.by_sample(rows), box, rigorous=False)
 
 
 def _rule(steps: int) -> Rule:
@@ -99,7 +99,7 @@ def adjoint_least(one: Pass, boxes: Mapping[str, Box], rows: Tensor, steps: int)
         return least
     graph = Graph(nodes)
     scene = _Scene(graph, boxes, relaxed, rigorous=False)
-    wanted = scene.start(rows.reshape(-1, *boxes[place].lower.shape[1:]))
+    wanted = rows.reshape(-1, *boxes[place].lower.shape[1:])
     bound, _ = scene.least({place: wanted}, dict.fromkeys(relaxed, _rule(steps)))
     return bound
 
