@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from verideq.equilibrium import Anderson, Auto, Equilibrium, Gradient, Implicit, Phantom, Picard
+from verideq.equilibrium import Anderson, Auto, Equilibrium, Gradient, Implicit, Phantom, Picard, operator_of
 from verideq.errors import ConvergenceError, InputError
 
 GRADIENTS = [Implicit(Auto(tol=1e-13)), Implicit(Picard(tol=1e-13)), Implicit(Anderson(tol=1e-13)), Phantom(40, 0.9)]
@@ -45,6 +45,44 @@ class Called(nn.Module):
     def at(self, weight: Tensor, center: Tensor, radius: Tensor) -> Tensor:
         result: Tensor = torch.func.functional_call(self, {"layer.fusion.weight": weight}, (center, radius))
         return result
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 4, (2, 3), padding="same", bias=False),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2, bias=False),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False, padding_mode="reflect"),
+        nn.Conv2d(4, 4, (4, 1), padding="same", bias=False, padding_mode="circular"),
+    ],
+    ids=repr,
+)
+def test_the_gradient_of_a_product_for_its_weight(conv: nn.Conv2d) -> None:
+    conv = conv.double()
+    z, y = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    operator = operator_of(conv)
+    with torch.no_grad():
+        found = operator.weight_gradient(z, y)  # type: ignore[attr-defined]  # a convolution's
+    (expected,) = torch.autograd.grad((y * operator.apply(z)).sum(), conv.weight)
+    assert torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["point", "pair"])
+def test_a_fixed_number_of_adjoint_steps_is_a_truncated_series(pair: bool) -> None:
+    """Each step takes one more term, no step is checked, and enough of them are the exact gradient."""
+
+    def gradient(steps: int) -> Tensor:
+        layer, weight, center, radius = layer_of("convolution", Implicit(Auto(tol=1e-13), steps))
+        out = Called(layer, pair).at(weight, center, radius)
+        (found,) = torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(), weight)
+        return found.flatten()
+
+    exact = gradient(0)
+    errors = [float((gradient(steps) - exact).norm() / exact.norm()) for steps in (1, 2, 4, 60)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < 0.5 and errors[-1] < 1e-9
+    with pytest.raises(InputError, match="0 or more steps; got -1"):
+        Implicit(steps=-1)
 
 
 @pytest.mark.parametrize("pair", [False, True], ids=["point", "pair"])

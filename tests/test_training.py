@@ -124,6 +124,35 @@ BAD = {
     "anneal_m = true\nloss = 'cross-entropy'": "anneal_m: expected false",
     "anneal_m = true\neps = 0": "anneal_m: expected false",
     "epochs = ": "is no TOML file",
+    "schedule = 'step'": "schedule: expected steps, cosine or linear; got 'step'",
+    "schedule = 'cosine'\ndecay_epochs = [3]": "decay_epochs: expected none with cosine; got [3]",
+    "warmup_epochs = 60": "warmup_epochs: expected fewer than epochs; got 60.0",
+    "average = 1": "average: expected a number in [0, 1); got 1.0",
+    "solver = 'newton'": "solver: expected auto, picard or anderson; got 'newton'",
+    "gradient = 'exact'": "gradient: expected implicit or phantom; got 'exact'",
+    "precision = 'float16'": "precision: expected float32 or mixed; got 'float16'",
+    "initialisation = 'he'": "initialisation: expected auto, ibp, cerdeq or torch; got 'he'",
+    "explicit = 1": "explicit: expected bool; got 1",
+    "constrained = true": "constrained: expected false without explicit; got True",
+    "explicit = true\nconstrained = true\nparametrization = 'mondeq'": "constrained: expected false with mondeq",
+    "clean_weight = [0.5]": "clean_weight: expected a number, or two: at radius 0 and at the last one; got [0.5]",
+    "clean_weight = [0.5, 2]": "clean_weight: expected numbers in [0, 1]; got [0.5, 2.0]",
+    "clean_weight = [0.5, 'a']": "clean_weight[1]: expected float; got 'a'",
+    "adjoint = 1": "adjoint: expected a table [adjoint]; got 1",
+    "[adjoint]\nwieght = 1": "adjoint.wieght: no such key; did you mean adjoint.weight?",
+    "[adjoint]\nweight = 1.5": "adjoint.weight: expected a number in [0, 1]; got 1.5",
+    "[adjoint]\nsteps = 0": "adjoint.steps: expected 1 or more; got 0",
+    "[attack]\nbox = 0": "attack.box: expected a number in (0, 1]; got 0.0",
+    "[attack]\nbox = 0.5\nreach = 2": "attack.reach: expected 1 or less where attack.box is below 1; got 2.0",
+    "[attack]\nrestarts = 0": "attack.restarts: expected 1 or more; got 0",
+    "[attack]\nstep_size = nan": "attack.step_size: expected a positive number; got nan",
+    "[penalty]\nl1 = -1": "penalty.l1: expected 0 or more; got -1.0",
+    "[penalty]\nthreshold = 0": "penalty.threshold: expected a positive number; got 0.0",
+    "[augment]\nfill = 'mirror'": "augment.fill: expected edge or zero; got 'mirror'",
+    "[augment]\nshift = -1": "augment.shift: expected 0 or more; got -1",
+    "[validation]\nsamples = -1": "validation.samples: expected 0 or more; got -1",
+    "[validation]\nevery = 0": "validation.every: expected 1 or more; got 0",
+    "[checkpoint]\nminutes = nan": "checkpoint.minutes: expected 0 or more; got nan",
 }
 
 
@@ -173,6 +202,10 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 def test_settings(recipe_file: Write) -> None:
     path = recipe_file("epochs = 5\n[options]\nwidth = 3\n")
+    tables = ["clean_weight=[1, 0.5]", "adjoint.weight=0.5", "validation.eps=1/255", "augment.flip=true"]
+    changed = read_recipe(path, tables)
+    assert (changed.clean_weight, changed.adjoint.weight) == ((1.0, 0.5), 0.5)
+    assert (changed.validation.eps, changed.augment.flip) == ("1/255", True)
     settings = ["epochs=7", "options.m=0.25", "data=mnist", "eps=8/255", "decay_epochs=[2, 4]", "mean=[0.5]", "std=[1]"]
     recipe = read_recipe(path, settings)
     assert (recipe.epochs, recipe.data, recipe.eps, recipe.decay_epochs) == (7, "mnist", "8/255", (2, 4))

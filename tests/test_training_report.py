@@ -1,4 +1,4 @@
-"""The page of a training run, and the command that trains: what they show, and what they say when they cannot."""
+"""The page of a training run: what it shows, and what is said when it cannot be shown."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def settled_value(
         throw: see `differentiable`.
     """
 
-    def adjoint(upstream: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def adjoint(upstream: Tensor, weights: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         stored = [op.map(lambda _, w=w: w) for op, w in zip(operators, weights, strict=True)]  # type: ignore[misc]  # a default argument
         transposed = [op.transpose() for op in stored]
 
@@ -145,8 +145,8 @@ def settled_value(
             solution = fixed_point(joint, upstream.movedim(0, 1)[None], gradient.solver)
             y = _checked(solution, throw).value[0].movedim(1, 0)
         g = _rectified(value, y)
-        pairs = zip(stored, value, g, strict=True)
-        return (torch.stack(g), *(op.weight_gradient(z, part) for op, z, part in pairs))
+        parts = zip(stored, value, g, wanted, strict=True)
+        return (torch.stack(g), *(op.weight_gradient(z, part) if want else None for op, z, part, want in parts))
 
     weights = [op.weight for op in operators]
     result: Tensor = _Settled.apply(value, adjoint, injection, *weights)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -180,7 +180,7 @@ class _Settled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second()
-        return (None, None, *ctx.adjoint(upstream, ctx.saved_tensors))
+        return (None, None, *ctx.adjoint(upstream, ctx.saved_tensors, ctx.needs_input_grad[3:]))
 
 
 def _refuse_second() -> None:

@@ -35,7 +35,9 @@ def diagnose(model: nn.Module, images: Tensor, box: Box) -> dict[str, Any]:
         the plain iteration from 0, ``null`` beyond float32; ``singular``: by equilibrium, the singular values of the
         stored ``W`` as a matrix with a row a channel, over the largest (CerDEQ, Figure 2).
     """
-    graph = trace(copy.deepcopy(model).train())
+    # A copy of an observer would be one of all that it knows.
+    observers = (getattr(module, "observer", None) for module in model.modules())
+    graph = trace(copy.deepcopy(model, {id(observer): None for observer in observers}).train())
     for _, layer in graph.equilibria():
         layer.throw, layer.observer = False, None
     with parametrize.cached():
