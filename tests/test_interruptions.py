@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from verideq.data import load
-from verideq.graph import load_model
+from verideq.cli.main import run
+from verideq.training import Trainer, read_recipe
 
 RECIPE = """
 data = "{data}"
@@ -72,9 +72,9 @@ def command(path: Path, out: Path, *more: str) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
 
 
-def finish(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+def here(path: Path, out: Path) -> None:
+    """The same run in this process."""
+    Trainer(read_recipe(path), out, torch.device("cpu"), resume=out.exists()).run()
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -83,23 +83,28 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_is_killed_anywhere_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    """Killed without warning: once before anything is saved, then within epochs, wherever that happens to be."""
+    """Killed without warning: before anything is saved, within the first epoch, and within the second."""
     path = recipe(tmp_path)
-    finish(command(path, tmp_path / "whole"))
+    here(path, tmp_path / "whole")
     out, kills = tmp_path / "killed", 0
     for wanted in (-1, 3, 1001):  # epochs and steps that a checkpoint has seen before the kill
         process = subprocess.Popen(command(path, out, "--resume"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and _steps(out) <= wanted and time.monotonic() < deadline:
+        deadline = time.monotonic() + 240
+        while process.poll() is None and not _far(out, wanted) and time.monotonic() < deadline:
             time.sleep(0.002)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
     assert kills == 3, "the run has to be there to be killed"
-    finish(command(path, out, "--resume"))
+    here(path, out)
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert lines(out) == lines(tmp_path / "whole")
+
+
+def _far(folder: Path, wanted: int) -> bool:
+    """Whether a run has begun, and its checkpoint has seen so much."""
+    return (folder / "diagnosis.json").exists() and _steps(folder) >= wanted
 
 
 def _steps(folder: Path) -> int:
@@ -140,23 +145,20 @@ def together(arguments: list[str], processes: int = 2) -> list[subprocess.Comple
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     """Up to the order of summation; the files are those of one run, written once."""
+    path = recipe(tmp_path, more="tol = 1e-6\nbackward_tol = 1e-6\n")
     # A learning rate at which rounding does not grow: Adam divides by the size of a gradient, however small that is.
-    more = "tol = 1e-6\nbackward_tol = 1e-6\n"
-    path = recipe(tmp_path, architecture="cerdeq", options="units = 8\nstages = 1", more=more)
     path.write_text(path.read_text().replace("learning_rate = 1e-2", "learning_rate = 1e-3"))
-    finish(command(path, tmp_path / "one"))
+    here(path, tmp_path / "one")
     for result in together(command(path, tmp_path / "two")):
         assert result.returncode == 0, result.stderr
-    # Weights that batch norm cancels have gradients of rounding alone, which Adam blows up: what is computed counts.
-    images = load("digits").scaled().float()
-    with torch.no_grad():
-        one, two = (load_model(tmp_path / name / "model.safetensors")(images) for name in ("one", "two"))
-    assert float((one - two).abs().max()) <= 1e-2 * float(one.abs().max())
-    assert float((one.argmax(1) == two.argmax(1)).double().mean()) > 0.99
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        assert float((tensor - two[name]).abs().max()) <= 5e-3 * float(tensor.abs().max()) + 1e-6, name
     for mine, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for key, value in mine.items():
             assert theirs[key] == (None if value is None else pytest.approx(value, rel=2e-2, abs=2e-2)), key
-    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    files = {place.name for place in (tmp_path / "one").iterdir()}
+    assert {place.name for place in (tmp_path / "two").iterdir()} == files | {"report.html"}
 
 
 def test_one_step_in_two_processes_has_the_gradient_of_one(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_one_step_in_two_processes_has_the_gradient_of_one(tmp_path: Path) -> No
     )
     path = recipe(tmp_path)
     arguments = [sys.executable, str(script), str(path), str(tmp_path / "run")]
-    finish([*arguments, str(tmp_path / "one")])
+    subprocess.run([*arguments, str(tmp_path / "one")], env=ENVIRONMENT, timeout=300, check=True)
     for result in together([*arguments, str(tmp_path / "two")]):
         assert result.returncode == 0, result.stderr
     one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("one0", "two0", "two1"))
@@ -214,7 +216,7 @@ def certify(out: Path, *more: str) -> list[str]:
 
 
 def test_two_processes_certify_into_the_folder_of_one(tmp_path: Path) -> None:
-    finish(certify(tmp_path / "one"))
+    assert run(certify(tmp_path / "one")[3:]) == 0
     for result in together(certify(tmp_path / "two")):
         assert result.returncode == 0, result.stderr
     one, two = tmp_path / "one", tmp_path / "two"
@@ -224,14 +226,14 @@ def test_two_processes_certify_into_the_folder_of_one(tmp_path: Path) -> None:
     assert {path.relative_to(two) for path in two.rglob("*") if path.is_file()} == files
     for name in ("records.bin", "model.safetensors", "gauges.safetensors"):
         assert (two / "certificates" / name).read_bytes() == (one / "certificates" / name).read_bytes()
-    # Cut within a line, and taken up by other numbers of processes.
+    # Cut within a line, and taken up by more processes.
     written = (one / "results.jsonl").read_bytes()
-    for resume in (lambda: finish(certify(two, "--resume")), lambda: together(certify(two, "--resume"), 3)):
-        (two / "results.jsonl").write_bytes(written[: len(written) // 2])
-        (two / "summary.json").unlink()
-        resume()
-        assert results(two) == results(one)
-        assert (two / "certificates/records.bin").read_bytes() == (one / "certificates/records.bin").read_bytes()
+    (two / "results.jsonl").write_bytes(written[: len(written) // 2])
+    (two / "summary.json").unlink()
+    for result in together(certify(two, "--resume"), 3):
+        assert result.returncode == 0, result.stderr
+    assert results(two) == results(one)
+    assert (two / "certificates/records.bin").read_bytes() == (one / "certificates/records.bin").read_bytes()
     refused = together(certify(two))
     assert [r.returncode for r in refused] == [2, 2]
     assert all("holds a run already; pass --resume" in r.stderr for r in refused)
