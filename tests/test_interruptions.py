@@ -156,7 +156,8 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         assert float((tensor - two[name]).abs().max()) <= 5e-3 * float(tensor.abs().max()) + 1e-6, name
     for mine, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for key, value in mine.items():
-            assert theirs[key] == (None if value is None else pytest.approx(value, rel=2e-2, abs=2e-2)), key
+            near = 3 if key == "solver_steps" else 2e-2  # near the rounding of float32 a step more or less
+            assert theirs[key] == (None if value is None else pytest.approx(value, rel=2e-2, abs=near)), key
     files = {place.name for place in (tmp_path / "one").iterdir()}
     assert {place.name for place in (tmp_path / "two").iterdir()} == files | {"report.html"}
 

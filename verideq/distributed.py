@@ -74,6 +74,14 @@ class World:
         dist.all_reduce(summed)
         return dict(zip(values, (summed / self.size).tolist(), strict=True))
 
+    def most(self, value: int) -> int:
+        """The largest number of any process."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the processes, in one message."""

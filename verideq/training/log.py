@@ -34,7 +34,7 @@ class Sums:
     def add(self, terms: Terms, gradient: float, solver: int, world: World) -> None:
         """One more step."""
         self.steps += 1
-        self.solver = max(self.solver, solver)
+        self.solver = max(self.solver, world.most(solver))
         shown = {"loss": terms.loss * world.size, **{f"{name}_loss": part for name, part in terms.parts.items()}}
         shown["error"] = terms.wrong.double().mean()
         if terms.open is not None:
