@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from auto_lirpa_shims import auto_lirpa, installed
 from torch import Tensor, nn
 
-from verideq import Box, Equilibrium, Normalize, Region, bound, load_model
+from verideq import Box, Equilibrium, Normalize, Region, bound, gauge, load_model
 from verideq.certify import lirpa, margin_rows, prepare
 from verideq.certify.adjoint import rows_of, rules, scene_of
 from verideq.certify.method import Query
@@ -24,7 +24,7 @@ from verideq.data import load
 from verideq.errors import InputError, NoGaugeError, UnsupportedOperation
 from verideq.graph import trace
 from verideq.models import BUNDLED
-from verideq.models.zoo import ibp_initialise
+from verideq.models.zoo import PARAMETRIZATIONS, ibp_initialise
 from verideq.parametrizations import IBPMonDEQ, MonDEQ, RowGauge, set_m
 from verideq.training.loss import certified_loss
 
@@ -202,6 +202,30 @@ def test_the_same_as_verideqs_own(name: str) -> None:
             torch.testing.assert_close(bounds(module, ball(x), "CROWN-IBP", rows)[0], adjoint, rtol=0, atol=1e-4)
         if name == "deq, linear":
             torch.testing.assert_close(bounds(single, ball(x), "CROWN", rows)[0], adjoint, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*PARAMETRIZATIONS], ids=str)
+def test_every_class_of_weights(kind: str) -> None:
+    fusion = PARAMETRIZATIONS[kind].apply(nn.Linear(6, 6, bias=False))
+    if kind == "mondeq":
+        for parameter in fusion.parameters():
+            parameter.data.mul_(0.2)  # so that it has a gauge, its `m` being 1
+    if kind == "nemon":
+        fusion.weight = fusion.weight.detach() - 4 * torch.eye(6)
+    layer = Equilibrium(fusion, nn.Linear(4, 6))
+    assert gauge(layer).transformed == (kind == "nemon")
+    model, x = nn.Sequential(layer, nn.Linear(6, 3)), torch.randn(2, 4)
+    low, high = spread(model, x, *LINF)
+    for split in (False, True):
+        module = wrapped(model, x, split=split)
+        box = bound(model, Region(x, "0.1", clip=None))
+        torch.testing.assert_close(bounds(module, ball(x), "IBP")[0], box.lower, rtol=0, atol=1e-5)
+        for method in METHODS:
+            lower, upper = bounds(module, ball(x), method)
+            assert bool((lower <= low + 1e-9).all()) and bool((upper >= high - 1e-9).all())
+    bounds_of = module.compute_bounds(x=(ball(x),), method="CROWN")
+    (bounds_of[1] - bounds_of[0]).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in fusion.parameters())
 
 
 def digits() -> tuple[nn.Module, Tensor, Tensor]:

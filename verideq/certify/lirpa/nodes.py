@@ -13,7 +13,7 @@ from auto_LiRPA.linear_bound import LinearBound
 from torch import Tensor
 
 from verideq.box import Box
-from verideq.certify.lirpa.coefficients import before, dense, refuse_balls
+from verideq.certify.lirpa.coefficients import before, dense, outputs_of, refuse_balls
 from verideq.certify.lirpa.recording import layer_of, pre_activation
 from verideq.certify.lirpa.relaxation import Relaxation
 from verideq.certify.lirpa.snapshot import Snapshot, carry
@@ -109,7 +109,8 @@ class _Equilibrium(BoundOptimizableActivation):
                 continue
             if type(last).__name__ == "Patches" and not OLD:
                 # Its way of asking for slopes by position; 0.3 asks a ReLU only.
-                self.patch_size[start_node.name] = (last.output_shape[1], A.shape[1], *last.output_shape[2:4], *state)
+                channels, height, width = outputs_of(last)
+                self.patch_size[start_node.name] = (channels, A.shape[1], height, width, *state)
             places = getattr(last, "unstable_idx", None) if unstable_idx is None else unstable_idx
             alpha = self.chosen(side, A, start_node, places)
             rows, constant = known.least(sign * A, alpha, dtype, pre=self.is_pre)
