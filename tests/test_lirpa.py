@@ -24,7 +24,7 @@ from verideq.data import load
 from verideq.errors import InputError, NoGaugeError, UnsupportedOperation
 from verideq.graph import trace
 from verideq.models import BUNDLED
-from verideq.models.zoo import PARAMETRIZATIONS, ibp_initialise
+from verideq.models.zoo import PARAMETRIZATIONS, initialise
 from verideq.parametrizations import IBPMonDEQ, MonDEQ, RowGauge, set_m
 from verideq.training.loss import certified_loss
 
@@ -316,7 +316,7 @@ def test_training_by_auto_lirpa_comes_to_what_training_by_verideq_comes_to() -> 
     for native in (True, False):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), dense(64, 24), nn.Linear(24, 10))
-        ibp_initialise(model)
+        initialise(model, "ibp")
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         graph = trace(model)
         lirpa.register()
