@@ -182,7 +182,7 @@ def own(model: nn.Module, x: Tensor, eps: str, C: Tensor | None = None) -> Tenso
     query = Query(Region(x, eps, clip=None).box(), None, C, upper=False)
     scene, _ = scene_of(prepared, query)
     rows = rows_of(query, scene)
-    return scene.least({scene.output: scene.start(rows.flatten(0, 1))}, rules(scene, "adaptive"))[0]
+    return scene.least({scene.output: rows.flatten(0, 1)}, rules(scene, "adaptive"))[0]
 
 
 @pytest.mark.parametrize("name", ["deq, linear", "deq, linear, relu", "deq, deq", "conv deq", "conv, conv deq"])
