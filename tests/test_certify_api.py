@@ -17,7 +17,7 @@ import verideq
 from verideq.box import Box
 from verideq.certify import METHODS, Verdict, certify, prepare
 from verideq.certify.bound import interval
-from verideq.certify.decide import Budget
+from verideq.certify.budget import Budget
 from verideq.certify.method import Bounds, Prepared, Query
 from verideq.certify.run import Questions, Run
 from verideq.certify.summary import REJECTED

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import verideq
-from verideq.certify.decide import Budget
+from verideq.certify.budget import Budget
 from verideq.certify.run import IDENTITY, Questions, Run
 from verideq.data import load
 from verideq.errors import ResumeError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -19,13 +20,13 @@ def _mix(x: Words) -> Words:
     return x ^ (x >> np.uint64(31))
 
 
-def uniform_noise(seed: int, indices: Tensor, eps: Fraction, stream: int, shape: tuple[int, ...]) -> Tensor:
+def uniform_noise(seed: int, indices: Tensor, radii: Sequence[Fraction], stream: int, shape: tuple[int, ...]) -> Tensor:
     """Uniform numbers in [-1, 1], float64 on the CPU.
 
     Args:
         seed: of the run.
         indices: (batch,) the samples' indices in their data set.
-        eps: the radius.
+        radii: (batch,) of the samples.
         stream: number of the restart.
         shape: (*features).
 
@@ -33,11 +34,11 @@ def uniform_noise(seed: int, indices: Tensor, eps: Fraction, stream: int, shape:
         (batch, *shape).
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
-    words = [seed, stream, eps.numerator, eps.denominator]
+    ends = ([eps.numerator for eps in radii], [eps.denominator for eps in radii])
     state: Words = np.zeros(1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for word in words:
-            state = _mix((state ^ np.array([word & (2**64 - 1)], dtype=np.uint64)) + golden)
+        for words in ([seed], [stream], *ends):
+            state = _mix((state ^ np.array([word & (2**64 - 1) for word in words], dtype=np.uint64)) + golden)
         samples = _mix((state ^ indices.cpu().numpy().astype(np.uint64)) + golden)
         counters = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint64) * golden
         bits = _mix(samples[:, None] + counters[None])

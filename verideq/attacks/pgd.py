@@ -59,7 +59,7 @@ class PGD:
         margins = torch.full((len(best),), torch.inf, dtype=best.dtype, device=best.device)
         # One look at the centre where it is all there is. After the first restart they come in pairs, one with either
         # loss: a small batch takes as long as one twice its size.
-        restarts = range(self.restarts if region.eps else 1)
+        restarts = range(self.restarts if any(region.radii) else 1)
         for some in (restarts[:1], *(restarts[k : k + 2] for k in restarts[1::2])):
             active = (~(margins < 0)).nonzero().flatten()
             if not len(active) or stop():
@@ -83,8 +83,9 @@ class PGD:
         center = region.center
         if not restart:
             return center
-        noise = uniform_noise(seed, indices, region.eps, restart, tuple(center.shape[1:])).to(center)
-        return region.project(center + noise * float(region.eps) * (1.0 if region.weights is None else region.weights))
+        noise = uniform_noise(seed, indices, region.radii, restart, tuple(center.shape[1:])).to(center)
+        reach = region.spread(region.radii_down())
+        return region.project(center + noise * (reach if region.weights is None else reach * region.weights))
 
     def follow(
         self,
@@ -135,7 +136,7 @@ class PGD:
     ) -> tuple[Tensor, Tensor]:
         """Steps down a loss."""
         best, best_margin = x.clone(), torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-        steps = self.steps if region.eps else 0
+        steps, reach = self.steps if any(region.radii) else 0, region.spread(region.radii_down())
         for step in range(steps + 1):
             x = x.detach().requires_grad_()
             rows = (C @ model(x)[:, :, None])[:, :, 0] - rhs
@@ -146,7 +147,7 @@ class PGD:
             if step == steps or stop():
                 break
             (gradient,) = torch.autograd.grad(loss(rows).sum(), x)
-            size = self.step_size * (1 - 0.95 * step / steps) * float(region.eps)
+            size = self.step_size * (1 - 0.95 * step / steps) * reach
             x = region.project(x.detach() - size * _direction(gradient, region))
         return best, best_margin
 

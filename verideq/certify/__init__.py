@@ -1,7 +1,8 @@
 """Bounds, verdicts, and runs over a data set (docs/theory.md)."""
 
 from verideq.certify.bound import METHODS, bound, margin_rows
-from verideq.certify.decide import Budget, certify
+from verideq.certify.budget import Budget
+from verideq.certify.decide import certify
 from verideq.certify.method import Prepared, prepare
 from verideq.certify.verdict import Verdict
 

@@ -7,8 +7,8 @@ the best of three choices of lower slopes and of the interval bound. Theorem and
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +20,7 @@ from verideq.certify.certificate import Proof, Step
 from verideq.certify.enclosure import pre_activations
 from verideq.certify.interval import RULES, Arithmetic
 from verideq.certify.method import Bounds, Prepared, Query, boxes_of, states_of
+from verideq.clock import OutOfTime, until
 from verideq.graph import INPUT
 
 SLOPES = ("adaptive", "zero", "one")
@@ -103,10 +104,9 @@ def refined(prepared: Prepared, query: Query, finish: Callable[[Stage], Bounds])
     found = stage.bounds()
     left = (~query.closed(found.box.lower)).nonzero().flatten()
     size = max((known.z.lower[0].numel() for known in stage.scene.relaxed.values()), default=1)
-    for part in torch.split(left, max(1, ELEMENTS // (2 * size * size))):
-        if not len(part) or time.monotonic() > query.deadline:
-            break
-        found = found.replaced(part, finish(first(prepared, query.select(part), tightened=True)))
+    for part, own in query.parts(left, max(1, ELEMENTS // (2 * size * size))):
+        with suppress(OutOfTime), until(own.deadline):
+            found = found.replaced(part, finish(first(prepared, own, tightened=True)))
     return found
 
 

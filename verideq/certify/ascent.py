@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from verideq.box import TINY
 from verideq.certify.adjoint import ELEMENTS, Stage, opened, refined, rows_of, rules
 from verideq.certify.backward import Rule, Scene, given, most
 from verideq.certify.method import Bounds, Prepared, Query
+from verideq.clock import OutOfTime
 from verideq.equilibrium import Auto
 from verideq.graph import INPUT
 
@@ -73,25 +75,26 @@ def ascended(stage: Stage, climb: Climb = Climb()) -> Stage:
     size = sum(known.z.lower[0].numel() for known in stage.scene.relaxed.values())
     fitting = max(1, ELEMENTS // (8 * size + 1))
     trial = Trial(stage.prepared)
-    for i, k in zip(torch.split(samples, fitting), torch.split(rows, fitting), strict=True):
-        if not len(i) or time.monotonic() > query.deadline:
-            break
-        scene = stage.scene.select(i)
-        points, values = trial.worst(scene, C[i, k])
-        goal = torch.full_like(values, torch.inf)
-        if query.rhs is not None and not query.upper:
-            goal = query.rhs[i, k]
-            for place in (values < goal).nonzero().flatten().tolist():
-                witnesses.setdefault(int(i[place]), points[place])
-        broken = torch.tensor([int(sample) in witnesses for sample in i], device=i.device)
-        left = (~broken & ~(values <= best.lower[i, k] + spare(scene, C[i, k]))).nonzero().flatten()
-        i, k, scene, goal = i[left], k[left], scene.select(left), goal[left]
-        if not len(i):
-            continue
-        start = {name: g[i, k][:, None] for name, g in best.multipliers.items()}
-        found = climbed(scene, C[i, k], start, goal, climb, query.deadline)
-        lower, found = proved(scene, C[i, k], found)
-        best = best.improved(i, k, lower, {name: g[:, 0] for name, g in found.items()})
+    with suppress(OutOfTime):  # what was found before that stays
+        for i, k in zip(torch.split(samples, fitting), torch.split(rows, fitting), strict=True):
+            if not len(i) or time.monotonic() > query.deadline:
+                break
+            scene = stage.scene.select(i)
+            points, values = trial.worst(scene, C[i, k])
+            goal = torch.full_like(values, torch.inf)
+            if query.rhs is not None and not query.upper:
+                goal = query.rhs[i, k]
+                for place in (values < goal).nonzero().flatten().tolist():
+                    witnesses.setdefault(int(i[place]), points[place])
+            broken = torch.tensor([int(sample) in witnesses for sample in i], device=i.device)
+            left = (~broken & ~(values <= best.lower[i, k] + spare(scene, C[i, k]))).nonzero().flatten()
+            i, k, scene, goal = i[left], k[left], scene.select(left), goal[left]
+            if not len(i):
+                continue
+            start = {name: g[i, k][:, None] for name, g in best.multipliers.items()}
+            found = climbed(scene, C[i, k], start, goal, climb, query.deadline)
+            lower, found = proved(scene, C[i, k], found)
+            best = best.improved(i, k, lower, {name: g[:, 0] for name, g in found.items()})
     return replace(stage, best=best, witnesses=witnesses)
 
 

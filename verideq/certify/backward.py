@@ -32,9 +32,10 @@ from torch.nn.grad import conv2d_input
 
 from verideq.box import TINY, Box, gamma, underflow
 from verideq.certify.interval import RULES, Arithmetic
+from verideq.clock import tick
 from verideq.equilibrium import Operator
 from verideq.graph import INPUT, Graph, Node
-from verideq.region import Region, round_up
+from verideq.region import Region
 
 SYNC = 2
 """Steps of the adjoint equilibrium between two looks at whether it has arrived."""
@@ -429,6 +430,7 @@ def _fixed_point(apply: Map, q: Tensor, lower: Tensor, upper: Tensor, tol: float
     t, found = _sloped(q, lower, upper), None
     places = torch.arange(shape[0] * rows, device=q.device)
     for step in range(1, max_steps + 1):
+        tick()
         before, t = t, _sloped((apply(t.flatten(0, 1)) + q.flatten(0, 1)).view_as(q), lower, upper)
         if step % SYNC:
             continue
@@ -459,7 +461,7 @@ class _Ball(NamedTuple):
     moves: Tensor
     lower: Tensor
     upper: Tensor
-    eps: float
+    eps: Tensor
     s: Tensor
     x: Tensor
 
@@ -469,10 +471,10 @@ def _nearest(q: Tensor, region: Region, box: Box) -> _Ball:
     """Where ``q · x`` is about least over an l2 ball cut to its box; q: (samples, rows, features)."""
     c, lower, upper = (side.to(q).flatten(1)[:, None] for side in (region.center, box.lower, box.upper))
     w = torch.ones_like(c[:1]) if region.weights is None else region.weights.to(q).flatten()[None, None]
-    moves, eps = w > 0, round_up(region.eps)
+    moves, eps = w > 0, region.radii_up().to(q)[:, None, None]
     w = torch.where(moves, w, 1.0)
     span = torch.where(moves, (q * w) ** 2, 0.0).sum(2, keepdim=True).sqrt()
-    largest = torch.where(span > 0, span / (2 * max(eps, TINY)), 1.0)
+    largest = torch.where(span > 0, span / (2 * eps.clamp(min=TINY)), 1.0)
 
     def minimiser(s: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(torch.where(moves, c - q * w * w / (2 * s), c), lower), upper)
@@ -501,7 +503,7 @@ def ball(q: Tensor, region: Region, box: Box, rigorous: bool = True) -> Tensor:
     bent = 2 * s * t / w
     slope, low, high = q + bent, lower - x, upper - x
     tangent = torch.minimum(slope * low, slope * high)
-    whole = (q * x + s * t * t + tangent).sum(2) - s[:, :, 0] * eps * eps
+    whole = (q * x + s * t * t + tangent).sum(2) - (s * eps * eps)[:, :, 0]
     if not rigorous:
         # As `x` is the minimiser, it is the gradient; that of the tangent would jump.
         linear = (q * x).sum(2)
@@ -511,7 +513,7 @@ def ball(q: Tensor, region: Region, box: Box, rigorous: bool = True) -> Tensor:
     parts = parts + 2.0**-48 * (q.abs() * x.abs() + s * t * t + tangent.abs())
     g = gamma(q.shape[2] + 4)
     lost = parts.sum(2) * (1 + g) + g * (q.abs() * x.abs() + s * t * t + tangent.abs()).sum(2)
-    lost = lost + 2.0**-48 * s[:, :, 0] * eps * eps
+    lost = lost + 2.0**-48 * (s * eps * eps)[:, :, 0]
     lost = lost + TINY * 64 * q.shape[2] * (2 + q.abs().amax(2) + s[:, :, 0] + size.amax(2) + x.abs().amax(2))
     return (whole - lost) - (whole.abs() + lost) * 2.0**-50
 

@@ -19,6 +19,7 @@ from verideq.certify.interval import Arithmetic, propagate
 from verideq.certify.method import TOLERANCE, Bounds, Method, Prepared, Query, boxes_of, prepare, states_of
 from verideq.certify.quadratic import quadratic
 from verideq.certify.quadratic_tree import quadratic_branching
+from verideq.clock import OutOfTime, until
 from verideq.equilibrium import Auto
 from verideq.errors import InputError, RegionError, UnknownName
 from verideq.region import Region
@@ -89,8 +90,13 @@ def run_method(
     rhs = None if rhs is None else rhs.to(box.lower)
     query = Query(box, balls, C, rhs, solver, tolerance, upper, deadline, unproved)
     # cuDNN may choose a transform whose error is not bounded entry by entry.
-    with torch.backends.cudnn.flags(enabled=False):
-        result = chosen(prepared, query)
+    try:
+        with torch.backends.cudnn.flags(enabled=False), until(deadline):
+            result = chosen(prepared, query)
+    except OutOfTime:
+        rows = math.prod(outputs) if C is None else C.shape[1]
+        nothing = torch.full((len(query), rows), torch.inf, dtype=torch.float64, device=prepared.device)
+        return Bounds(Box(-nothing, nothing), torch.zeros(len(query), dtype=torch.long))
     # Whatever is not an ordered pair of numbers is no bound.
     unknown = ~(result.box.lower <= result.box.upper)
     lower = torch.where(unknown, -torch.inf, result.box.lower)

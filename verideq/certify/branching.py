@@ -14,6 +14,7 @@ import heapq
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -26,6 +27,7 @@ from verideq.certify.ascent import SPARE, Climb, Multipliers, Trial, ascended, c
 from verideq.certify.backward import Scene, given
 from verideq.certify.certificate import Proof, Split, Step, Then, Tree
 from verideq.certify.method import Bounds, Prepared, Query
+from verideq.clock import Accounts, OutOfTime
 from verideq.graph import INPUT
 
 PARTS = 8
@@ -168,35 +170,40 @@ class Branching:
                 self.searches.append(Search(i, k, goal, room, Part((), own)))
         size = sum(known.z.lower[0].numel() for known in stage.scene.relaxed.values())
         self.fitting = max(1, ELEMENTS // (16 * size + 1))
+        self.accounts = Accounts(len(query), (query.deadline - time.monotonic()) / max(1, len(query)))
 
     def run(self) -> Bounds:
         """Search until everything is closed, or broken, or as good as the limits let it be."""
         self.bound([(search, search.root) for search in self.searches], replace(CLIMB, steps=0))
         while True:
-            active = [search for search in self.searches if search.sample not in self.witnesses]
+            active = [
+                search
+                for search in self.searches
+                if search.sample not in self.witnesses and not self.accounts.late(search.sample)
+            ]
             taken = [(search, part) for search in active for part in search.take()]
             for _, part in taken:
                 part.halves = part.in_two()
             halves = [(search, half) for search, part in taken for half in part.halves]
             if not halves:
                 return self.bounds()
-            if not self.bound(halves, CLIMB):
-                for _, part in taken:
-                    part.halves = part.halves if all(half.bound > -math.inf for half in part.halves) else ()
-                return self.bounds()
+            self.bound(halves, CLIMB)
+            for _, part in taken:  # those for which there was no time
+                part.halves = part.halves if all(half.bound > -math.inf for half in part.halves) else ()
             going = {id(search): search for search, _ in taken if search.goal == math.inf and search.point is not None}
-            for _ in range(DESCENTS if going else 0):
-                self.descend(list(going.values()))
+            with suppress(OutOfTime):
+                for _ in range(DESCENTS if going else 0):
+                    self.descend(list(going.values()))
 
-    def bound(self, parts: list[tuple[Search, Part]], climb: Climb) -> bool:
-        """Bound some parts; returns whether there was time for all of them."""
+    def bound(self, parts: list[tuple[Search, Part]], climb: Climb) -> None:
+        """Bound some parts: those of samples that have time left."""
         for start in range(0, len(parts), self.fitting):
-            if time.monotonic() > self.stage.query.deadline:
-                return False
-            self._bound(parts[start : start + self.fitting], climb)
-        return True
+            chunk = [pair for pair in parts[start : start + self.fitting] if not self.accounts.late(pair[0].sample)]
+            if chunk:
+                with self.accounts.charged([search.sample for search, _ in chunk]) as deadline, suppress(OutOfTime):
+                    self._bound(chunk, climb, deadline)
 
-    def _bound(self, parts: list[tuple[Search, Part]], climb: Climb) -> None:
+    def _bound(self, parts: list[tuple[Search, Part]], climb: Climb, deadline: float) -> None:
         device = self.C.device
         i, k = (
             torch.tensor([getattr(search, name) for search, _ in parts], device=device) for name in ("sample", "row")
@@ -204,7 +211,6 @@ class Branching:
         scene, C = self.scene(i, [part for _, part in parts]), self.C[i, k]
         goal = torch.tensor([search.goal for search, _ in parts], dtype=C.dtype, device=device)
         found = {name: torch.stack([part.multipliers[name] for _, part in parts]).to(C) for name in scene.relaxed}
-        deadline = self.stage.query.deadline
         begun, found = found, climbed(scene, C, found, goal, climb, deadline)
         lower, found = proved(scene, C, found)
         # Where a part is empty the dual has no end, and where it went to is why. Over the box, because a ball that the

@@ -147,7 +147,7 @@ def record(
         "model": model,
         "index": index,
         "label": label,
-        "eps": str(region.eps),
+        "eps": str(region.radii[i]),
         "norm": region.norm,
         "clip": None if region.clip is None else [str(Fraction(end)) for end in region.clip],
         "scale": "1/255" if whole else None,

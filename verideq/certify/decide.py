@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -12,52 +13,25 @@ from torch import Tensor, nn
 
 from verideq.attacks import attack_named
 from verideq.box import Box
-from verideq.certify.bound import METHODS, elide, method_named, run_method
-from verideq.certify.certificate import record
+from verideq.certify.bound import elide, run_method
+from verideq.certify.budget import Budget
 from verideq.certify.method import Bounds, Prepared, prepare
+from verideq.certify.proposal import margins_of, written
+from verideq.certify.radius import reaches
 from verideq.certify.summary import REJECTED
 from verideq.certify.task import Task, specification
 from verideq.certify.verdict import Verdict
-from verideq.equilibrium import Auto, Dense, Implicit, MonotoneDense, PeacemanRachford, Solver
-from verideq.equilibrium.splitting import Splitting
+from verideq.certify.witness import Found, examined, followed, inconsistency, target
+from verideq.checker import STOPPED
+from verideq.clock import Accounts
 from verideq.errors import ConvergenceError, InconsistencyError, InputError, NoGaugeError
-from verideq.graph import evaluating
 from verideq.region import Radius, Region, parse_eps, round_up
 from verideq.status import Status
 
-
-@dataclass(frozen=True)
-class Budget:
-    """How hard to try.
-
-    Args:
-        method: a bound method, or ``auto``.
-        attack: an attack suite, or ``none``.
-        max_steps: of the equilibrium solver in a bound.
-        timeout: seconds a sample; ``None`` for no limit.
-        seed: of the attack's noise.
-        radius: look for the largest certified radius of each sample too.
-        check: have the independent checker accept a certificate of every sample before it is CERTIFIED.
-        tolerance: of the solver that will run the model, in units of the slack of each gauge: what it may be off by is
-            charged to every margin.
-    """
-
-    method: str = "auto"
-    attack: str = "none"
-    max_steps: int = 1000
-    timeout: float | None = None
-    seed: int = 0
-    radius: bool = False
-    check: bool = True
-    tolerance: Fraction = Fraction(0)
-
-    def __post_init__(self) -> None:
-        method_named(self.method)
-        attack_named(self.attack)
-        if self.timeout is not None and not self.timeout > 0:
-            raise InputError(f"timeout {self.timeout} is no time; give a number of seconds above 0")
-        if not self.tolerance >= 0:
-            raise InputError(f"deployed tolerance {self.tolerance} is negative; give 0 or more")
+RESERVE = 0.85
+"""The share of the time that is left which a bound may use up: a checker has to read what it proves."""
+ATTACK = 0.5
+"""And which an attack may use up."""
 
 
 def certify(
@@ -92,14 +66,15 @@ def certify(
         eps: the radius, e.g. ``0.1`` or ``"8/255"``.
         norm: ``linf`` or ``l2``.
         method: a bound method, or ``auto``.
-        timeout: seconds a sample.
+        timeout: seconds a sample, and as much again for its radius.
         C: (rows, outputs) or (batch, rows, outputs).
         rhs: (rows,) or (batch, rows); ``None``: zero.
         attack: ``none`` or ``pgd``: look for counterexamples too.
         weights: (*features), radii of the features in units of eps.
         seed: of the attack.
         max_steps: of the equilibrium solver.
-        radius: look for the largest certified radius of each sample too.
+        radius: look for the largest certified radius of each sample too, and with an attack for the smallest at which
+            that breaks it.
         check: have the independent checker accept a certificate of every sample before it is CERTIFIED.
         deployed_tolerance: of the solver that will run the model: it stops when ``|z - F(z)| <= tolerance * s``, ``s``
             the slack of the gauge. 0: the margin is that of the exact equilibrium.
@@ -131,7 +106,12 @@ def certify(
     rows = specification(prepared, images, labels, C, rhs)
     task = Task(region, labels, *rows, torch.arange(count), by_label=C is None and rhs is None)
     for start in range(0, count, batch_size):
-        verdicts += decide(prepared, task[slice(start, start + batch_size)], budget, original)
+        part = task[slice(start, start + batch_size)]
+        decided = decide(prepared, part, budget, original)
+        if radius:
+            found = reaches(prepared, part, budget, original, [decided])
+            decided = [reach.told(verdict) for reach, verdict in zip(found, decided, strict=True)]
+        verdicts += decided
     return verdicts
 
 
@@ -157,7 +137,9 @@ def decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module |
         if isinstance(error, ConvergenceError):
             status, reason = Status.UNKNOWN, "; ".join(map(str, (error, *prepared.missing.values())))
         return [
-            Verdict(status, None, task.region.eps, task.region.norm, budget.method, False, reason, 0.0, label=label)
+            Verdict(
+                status, None, task.region.radii[0], task.region.norm, budget.method, False, reason, 0.0, label=label
+            )
         ]
 
 
@@ -165,68 +147,58 @@ class _Draft:
     """The verdicts of a batch while they are being worked out."""
 
     def __init__(self, task: Task, budget: Budget, method: str) -> None:
-        self.task, self.started = task, time.monotonic()
-        self.deadline = math.inf if budget.timeout is None else self.started + budget.timeout * len(task)
-        region = task.region
-        blank = Verdict(Status.UNKNOWN, None, region.eps, region.norm, method, False, "", 0.0)
+        self.task, self.accounts = task, Accounts(len(task), budget.timeout)
+        blank = Verdict(Status.UNKNOWN, None, task.region.radii[0], task.region.norm, method, False, "", 0.0)
         self.verdicts = [
-            replace(blank, label=None if task.labels is None else int(task.labels[i])) for i in range(len(task))
+            replace(blank, eps=eps, label=None if task.labels is None else int(task.labels[i]))
+            for i, eps in enumerate(task.region.radii)
         ]
 
     def set(self, i: int, **changes: object) -> None:
         self.verdicts[i] = replace(self.verdicts[i], **changes)  # type: ignore[arg-type]  # fields by name
 
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
+    def open(self, places: Sequence[int]) -> list[int]:
+        """Those undecided with time left. A refused proposal is a bug, and no better bound may hide that."""
+        return [
+            i
+            for i in places
+            if self.verdicts[i].status is Status.UNKNOWN
+            and REJECTED not in self.verdicts[i].reason
+            and not self.accounts.late(i)
+        ]
 
-    def expire(self, places: list[int]) -> None:
+    def expire(self, places: Sequence[int]) -> None:
         """What is open, or was proved just now, if the time is over."""
-        if self.late():
-            reason = "the time limit was reached; raise --timeout"
-            for i in places:
-                refused = REJECTED in self.verdicts[i].reason
-                if not refused and self.verdicts[i].status in (Status.UNKNOWN, Status.CERTIFIED):
-                    self.set(i, status=Status.TIMEOUT, reason=reason, checked=False, certificate=None)
+        reason = "the time limit was reached; raise --timeout"
+        for i in places:
+            status, refused = self.verdicts[i].status, REJECTED in self.verdicts[i].reason
+            if self.accounts.late(i) and not refused and status in (Status.UNKNOWN, Status.CERTIFIED):
+                self.set(i, status=Status.TIMEOUT, reason=reason, checked=False, certificate=None)
 
     def finish(self) -> list[Verdict]:
         self.expire([i for i, v in enumerate(self.verdicts) if v.status is Status.UNKNOWN])
-        seconds = (time.monotonic() - self.started) / len(self.verdicts)
-        return [replace(v, seconds=seconds) for v in self.verdicts]
+        return [replace(v, seconds=spent) for v, spent in zip(self.verdicts, self.accounts.spent, strict=True)]
 
 
 def _decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module | None) -> list[Verdict]:
-    methods = automatic(prepared, budget) if budget.method == "auto" else (budget.method,)
+    methods = budget.methods(prepared)
     draft = _Draft(task, budget, methods[0])
-    right = _predict(prepared, task, draft)
-    if right:
-        part = task[torch.tensor(right)]
-        _prove(prepared, part, draft, right, budget, methods[0], original)
-        # What an attack breaks needs no proof, and costs the bounds behind it the most time.
-        if budget.attack != "none" and not draft.late():
-            _attack(prepared, part, draft, right, budget, original)
-        for method in methods[1:]:
-            # A proposal that was refused is a bug, and no better bound behind it may hide that.
-            left = [
-                i
-                for i in right
-                if draft.verdicts[i].status is Status.UNKNOWN and REJECTED not in draft.verdicts[i].reason
-            ]
-            if left and not draft.late():
-                _prove(prepared, task[torch.tensor(left)], draft, left, budget, method, original)
-        if budget.radius:
-            for i, found in zip(right, _radii(prepared, part, budget), strict=True):
-                # What was certified at eps by a slower method is certified there.
-                certified = float(task.region.eps) if draft.verdicts[i].certified else 0.0
-                draft.set(i, radius=None if found is None else max(found, certified))
+    everyone = range(len(task))
+    with draft.accounts.charged(everyone):
+        right = _predict(prepared, task, draft)
+    stages: list[str | None] = [*methods]
+    # What an attack breaks needs no proof, and costs the bounds behind the first the most time.
+    stages.insert(1, None)
+    for method in stages:
+        places = draft.open(right) if method is not None else [i for i in right if not draft.accounts.late(i)]
+        if not places:
+            continue
+        part = task[torch.tensor(places)]
+        if method is None:
+            _attack(prepared, part, draft, places, budget, original)
+        else:
+            _prove(prepared, part, draft, places, budget, method, original)
     return draft.finish()
-
-
-def automatic(prepared: Prepared, budget: Budget) -> tuple[str, ...]:
-    """The methods of ``auto``, cheapest first; branch and bound only within a time limit, because it has no end."""
-    if prepared.missing:
-        return ("interval",)
-    tight = ("quadratic",) if prepared.monotone else ("adjoint", "adjoint-refined", "adjoint-ascent")
-    return tuple(m for m in ("interval", *tight, *(("branch-and-bound",) if budget.timeout else ())) if m in METHODS)
 
 
 def _predict(prepared: Prepared, task: Task, draft: _Draft) -> list[int]:
@@ -266,28 +238,26 @@ def _prove(
 ) -> None:
     """Bound the samples `right`, which are the rows of `part`."""
     try:
-        bounds = run_method(
-            prepared,
-            part.region,
-            part.C,
-            method,
-            budget.max_steps,
-            rhs=part.rhs,
-            tolerance=round_up(budget.tolerance),
-            upper=False,
-            deadline=draft.deadline,
-            unproved=budget.check,
-        )
+        with draft.accounts.charged(right, RESERVE) as deadline:
+            bounds = run_method(
+                prepared,
+                part.region,
+                part.C,
+                method,
+                budget.max_steps,
+                rhs=part.rhs,
+                tolerance=round_up(budget.tolerance),
+                upper=False,
+                deadline=deadline,
+                unproved=budget.check,
+            )
     except NoGaugeError as error:
         for i in right:
             if not draft.verdicts[i].reason:
                 rate = "" if math.isnan(error.rate) else f" (measured contraction rate {error.rate:.4g})"
                 draft.set(i, method=method, reason=f"{error}{rate}")
         return
-    # The difference is rounded down, so that the margin stays a lower bound; its sign is exact before and after.
-    rows = bounds.box.lower - part.rhs
-    rows = torch.where(part.rhs == 0, rows, torch.nextafter(rows, torch.full_like(rows, -torch.inf)))
-    lower: list[float] = rows.amin(1).tolist()
+    lower = margins_of(bounds, part)
     for i, margin, steps in zip(right, lower, bounds.steps.tolist(), strict=True):
         before = draft.verdicts[i]
         if before.margin is not None and not margin > before.margin:
@@ -303,7 +273,8 @@ def _prove(
             )
     proposed = [k for k, margin in enumerate(lower) if 0 < margin < math.inf]
     if budget.check and proposed:
-        _check(prepared, part, draft, right, proposed, bounds, lower, budget.tolerance)
+        with draft.accounts.charged([right[k] for k in proposed]) as deadline:
+            _check(prepared, part, draft, right, proposed, bounds, lower, budget.tolerance, deadline)
     draft.expire(right)
     _follow(prepared, part, draft, right, budget, original, bounds)
 
@@ -317,29 +288,15 @@ def _check(
     bounds: Bounds,
     lower: list[float],
     tolerance: Fraction,
+    deadline: float,
 ) -> None:
     """Have the independent checker read a certificate of every sample that is about to be certified."""
-    checker = prepared.checker
-    C, rhs = part.C.cpu().numpy(), part.rhs.cpu().numpy()
-    payloads = [
-        record(
-            checker.hash,
-            int(part.indices[k]),
-            part.region,
-            k,
-            bounds.proof(k),
-            label=int(part.labels[k]) if part.by_label and part.labels is not None else None,
-            C=C[k],
-            rhs=rhs[k],
-            margin=lower[k],
-            tolerance=tolerance,
-        )
-        for k in proposed
-    ]
-    for k, payload, (accepted, reason, margin) in zip(proposed, payloads, checker.decide(payloads), strict=True):
+    payloads = [written(prepared, part, k, bounds, lower[k], tolerance) for k in proposed]
+    decided = prepared.checker.decide(payloads, lambda: time.monotonic() > deadline)
+    for k, payload, (accepted, reason, margin) in zip(proposed, payloads, decided, strict=True):
         if accepted:
             draft.set(right[k], checked=True, certificate=payload, margin=margin)
-        elif bounds.estimated:
+        elif bounds.estimated or reason == STOPPED:
             draft.set(right[k], status=Status.UNKNOWN, reason=f"the bound was not confirmed: {reason}")
         else:
             draft.set(
@@ -349,25 +306,6 @@ def _check(
             )
 
 
-def _radii(prepared: Prepared, part: Task, budget: Budget) -> list[float | None]:
-    """The largest radius that each sample is certified at, by bisection to one part in 2¹⁴ of the range."""
-    region = part.region
-    if prepared.missing:
-        return [None] * len(part)
-    shape = (-1, *[1] * (region.center.dim() - 1))
-    span = float(region.eps) * 8 if region.clip is None else region.clip[1] - region.clip[0]
-    low, high = torch.zeros_like(part.rhs[:, 0]), torch.full_like(part.rhs[:, 0], span)
-    for _ in range(14):
-        middle = (low + high) / 2
-        box, tolerance = region.box_of(middle.view(shape)), round_up(budget.tolerance)
-        bounds = run_method(
-            prepared, box, part.C, budget.method, budget.max_steps, rhs=part.rhs, tolerance=tolerance, upper=False
-        )
-        held = (bounds.box.lower > part.rhs).all(1)
-        low, high = torch.where(held, middle, low), torch.where(held, high, middle)
-    return [float(value) for value in low.tolist()]
-
-
 def _attack(
     prepared: Prepared, part: Task, draft: _Draft, right: list[int], budget: Budget, original: nn.Module | None
 ) -> None:
@@ -375,10 +313,12 @@ def _attack(
     attack = attack_named(budget.attack)
     if attack is None:
         return
-    points, margins = attack(
-        _target(prepared), part.region, part.C, part.rhs, indices=part.indices, seed=budget.seed, stop=draft.late
-    )
-    _judge(prepared, part, draft, right, original, points, margins)
+    with draft.accounts.charged(right, ATTACK) as deadline:
+        points, margins = attack(
+            target(prepared), part.region, part.C, part.rhs, indices=part.indices, seed=budget.seed,
+            stop=lambda: time.monotonic() > deadline,
+        )  # fmt: skip
+        _judge(part, draft, right, examined(prepared, part, original, points, margins))
 
 
 def _follow(
@@ -394,91 +334,33 @@ def _follow(
     attack = attack_named(budget.attack)
     if attack is None:
         return
-    broken = [k for k in bounds.witnesses if draft.verdicts[right[k]].status in (Status.UNKNOWN, Status.TIMEOUT)]
-    if broken:
-        found = torch.stack([bounds.witnesses[k] for k in broken]).to(part.region.center)
-        margins = -torch.ones(len(found), dtype=found.dtype, device=found.device)
-        own = part[torch.tensor(broken)]
-        found = own.region.project(found)
-        _judge(prepared, own, draft, [right[k] for k in broken], original, found, margins)
-    left = [k for k, i in enumerate(right) if draft.verdicts[i].status is Status.UNKNOWN]
-    if bounds.points is None or not left or draft.late():
-        return
-    rows = torch.tensor(left)
-    own, lower = part[rows], bounds.box.lower[rows]
-    points, margins = attack.follow(
-        _target(prepared), own.region, own.C, own.rhs, bounds.points[rows], lower <= own.rhs, stop=draft.late
-    )
-    _judge(prepared, own, draft, [right[k] for k in left], original, points, margins)
+    undecided = Status.UNKNOWN, Status.TIMEOUT
+    broken = [k for k in bounds.witnesses if draft.verdicts[right[k]].status in undecided]
+    left = [k for k, i in enumerate(right) if k in broken or (bounds.points is not None and draft.open([i]))]
+    if left:
+        chosen = [right[k] for k in left]
+        with draft.accounts.charged(chosen, ATTACK) as deadline:
+            found = followed(
+                prepared, part, original, attack, bounds, left, lambda: time.monotonic() > deadline
+            )  # fmt: skip
+            _judge(part[torch.tensor(left)], draft, chosen, found)
 
 
-def _target(prepared: Prepared) -> nn.Module:
-    """The model for an attack, which needs a direction and not the last digit."""
-    forward: Solver = Auto(tol=1e-6)
-    backward: Solver = Auto(tol=1e-3)
-    layers = dict(prepared.graph.equilibria())
-    if set(layers) == set(prepared.monotone) and len(layers) == 1:
-        # A step of Peaceman-Rachford is one product, and memory of steps would cost more than it saves.
-        operator = layers.popitem()[1].operator()
-        split = (
-            Splitting.of(operator, tuple(operator.diagonal().shape))
-            if isinstance(operator, Dense | MonotoneDense)
-            else None
-        )
-        if split is not None:
-            forward, backward = (PeacemanRachford(tol=tol, alpha=split.alpha) for tol in (1e-6, 1e-3))
-    return prepared.graph.frozen(device=prepared.device, solver=forward, gradient=Implicit(backward), throw=False)
-
-
-def _judge(
-    prepared: Prepared,
-    part: Task,
-    draft: _Draft,
-    right: list[int],
-    original: nn.Module | None,
-    points: Tensor,
-    margins: Tensor,
-) -> None:
-    """Prove what an attack has found, and hold it against what was certified."""
-    found = (margins < 0) & part.region.contains(points)
-    # A witness is proved like a bound, and has to break the user's own model, in its own dtype, as well.
-    proved, deployed = torch.zeros_like(found), found
-    if not prepared.missing:
-        highest = run_method(prepared, Box(points, points), part.C, "interval", 1000).box.upper
-        proved = found & (highest < part.rhs).any(1)
-    if original is not None and bool(found.any()):
-        deployed = found & (_rows(original, points, part) < 0).any(1)
+def _judge(part: Task, draft: _Draft, right: list[int], found: Found) -> None:
+    """Hold what an attack has found against what was certified."""
     for k, i in enumerate(right):
         verdict = draft.verdicts[i]
-        if verdict.certified and bool(proved[k]):
-            raise _inconsistency(verdict, points[k], int(part.indices[k]))
+        if verdict.certified and bool(found.proved[k]):
+            raise inconsistency(verdict, found.points[k], int(part.indices[k]))
         # What is proved outweighs what is measured: close to a tie the attack's own numbers may say otherwise.
-        draft.set(i, attacked=verdict.certified or not bool(deployed[k]))
-        if bool(proved[k] & deployed[k]):
+        draft.set(i, attacked=verdict.certified or not bool(found.deployed[k]))
+        if bool(found.proved[k] & found.deployed[k]):
             reason = "a point of the region provably lacks the property"
-            draft.set(i, status=Status.FALSIFIED, witness=points[k].cpu().numpy(), reason=reason)
-        elif bool(found[k]) and verdict.status is Status.UNKNOWN:
+            draft.set(i, status=Status.FALSIFIED, witness=found.points[k].cpu().numpy(), reason=reason)
+        elif bool(found.seen[k]) and verdict.status is Status.UNKNOWN:
             seen = (
                 "breaks the stored numbers, but not the model as it runs"
-                if proved[k]
+                if found.proved[k]
                 else "is measured, and not proved"
             )
             draft.set(i, reason=f"an attack found a point, which {seen}; {verdict.reason}")
-
-
-def _inconsistency(verdict: Verdict, point: Tensor, index: int) -> InconsistencyError:
-    return InconsistencyError(
-        f"sample {index} is certified at {verdict.norm} eps {verdict.eps} (margin {verdict.margin:.6g}) and broken by "
-        "a proved witness: one of the two is a bug; please report it with the saved files",
-        {"index": index, "verdict": verdict, "witness": point.cpu().numpy()},
-    )
-
-
-@torch.no_grad()
-def _rows(original: nn.Module, points: Tensor, part: Task) -> Tensor:
-    """The specification's rows as the user's own model computes them, (batch, rows)."""
-    first = next((p for p in [*original.parameters(), *original.buffers()] if p.is_floating_point()), points)
-    with evaluating(original):
-        outputs = original(points.to(first.device, first.dtype)).to(part.C)
-    rows: Tensor = (part.C @ outputs[:, :, None])[:, :, 0] - part.rhs
-    return rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -194,6 +195,13 @@ class Query:
         region = None if self.region is None else self.region[part]
         C, rhs = (None if x is None else x[part] for x in (self.C, self.rhs))
         return replace(self, box=box, region=region, C=C, rhs=rhs)
+
+    def parts(self, places: Tensor, size: int) -> Iterator[tuple[Tensor, Query]]:
+        """Some of the samples a few at a time, and the question about these: each has its own time, and no other's."""
+        share = (self.deadline - time.monotonic()) / max(1, len(self))
+        for part in torch.split(places, size):
+            if len(part) and share > 0:
+                yield part, replace(self.select(part), deadline=time.monotonic() + share * len(part))
 
     def closed(self, lower: Tensor) -> Tensor:
         """(batch,) whether lower bounds, (batch, rows), leave nothing open."""

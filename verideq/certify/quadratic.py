@@ -31,9 +31,10 @@ from verideq.certify.backward import PULLS
 from verideq.certify.certificate import Proof, Step, record
 from verideq.certify.enclosure import settled
 from verideq.certify.method import Bounds, Prepared, Query, states_of, strength
+from verideq.clock import OutOfTime
 from verideq.errors import NoGaugeError
 from verideq.graph import INPUT, Graph
-from verideq.region import Region, round_up
+from verideq.region import Region
 
 STEPS = 200
 RATE = 0.1
@@ -470,8 +471,12 @@ def roots(prepared: Prepared, query: Query) -> Iterator[Root]:
         raise NoGaugeError("the quadratic bound takes l2 balls without weights", math.nan)
     form = form_of(prepared, query.box.lower)
     size = max(1, ELEMENTS // (form.U.numel() * (query.C.shape[1] if query.C is not None else len(form.C))))
-    for part in torch.split(torch.arange(len(query)), size):
-        yield _root(prepared, query.select(part), form)
+    began = False
+    for _, own in query.parts(torch.arange(len(query)), size):
+        began = True
+        yield _root(prepared, own, form)
+    if not began:
+        raise OutOfTime
 
 
 def _root(prepared: Prepared, query: Query, form: Form) -> Root:
@@ -516,10 +521,10 @@ def pose(prepared: Prepared, query: Query, form: Form, C: Tensor) -> tuple[Probl
     ball = region is not None and region.norm == "l2"
     if region is not None and ball:
         center = region.center.to(form.U).flatten(1)
-        reach = center.new_full((samples, 1), round_up(region.eps))
+        reach = region.radii_up().to(center)[:, None]
     else:
         center, reach = (side.flatten(1) for side in query.box.ball())
-    reach = reach.clamp(min=float(reach.max()) * 1e-6 + 1e-30)
+    reach = torch.maximum(reach, reach.amax(1, keepdim=True) * 1e-6 + 1e-30)
     bias = center @ form.U.T + form.b
     layer = prepared.layer(form.name)
     shape = prepared.graph.shapes(query.box.lower)[form.name]

@@ -13,6 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -36,6 +37,7 @@ from verideq.certify.quadratic import (
     roots,
     spare,
 )  # fmt: skip
+from verideq.clock import OutOfTime, until
 
 LEAF_STEPS = 60
 """Of Adam, for a half that starts from its parent's multipliers."""
@@ -150,25 +152,22 @@ def quadratic_branching(prepared: Prepared, query: Query) -> Bounds:
     """
     if query.rhs is None or query.upper or query.C is None:
         return quadratic(prepared, query)
-    parts, left = [], len(query)
+    parts = []
     for root in roots(prepared, query):
         found = root.bounds()
-        left -= len(root.query)
-        for place, i in enumerate(open_ := (~root.query.closed(found.box.lower)).nonzero().flatten().tolist()):
-            until = math.inf
-            if query.deadline < math.inf:  # an equal share of what is left for each sample that is left
-                now = time.monotonic()
-                until = now + max(0.0, query.deadline - now) / (len(open_) - place + left)
-            decided = _one(root.select(i), until)
+        for i, own in root.query.parts((~root.query.closed(found.box.lower)).nonzero().flatten(), 1):
+            decided = None
+            with suppress(OutOfTime), until(own.deadline):
+                decided = _one(root.select(int(i)), own.deadline)
             if isinstance(decided, Bounds):
-                found = found.replaced(torch.tensor([i]), decided)
+                found = found.replaced(i, decided)
             elif decided is not None:
-                found = replace(found, witnesses={**found.witnesses, i: decided})
+                found = replace(found, witnesses={**found.witnesses, int(i): decided})
         parts.append(found)
     return joined(parts)
 
 
-def _one(root: Root, until: float) -> Bounds | Tensor | None:
+def _one(root: Root, deadline: float) -> Bounds | Tensor | None:
     """The proof of one sample, or a point at which it was measured to be broken, if either is found in time."""
     prepared, query, problem, reach = root.prepared, root.query, root.problem, root.reach
     if query.C is None or query.rhs is None:
@@ -181,7 +180,7 @@ def _one(root: Root, until: float) -> Bounds | Tensor | None:
         broken = (prepared.graph(points) @ C.T).gather(1, rows[:, None].to(C.device))[:, 0] < rhs[rows]
         return points[int(broken.nonzero()[0])] if bool(broken.any()) else None
 
-    search = Search(problem, until, NODES if until == math.inf else 10**9, look)
+    search = Search(problem, deadline, NODES if deadline == math.inf else 10**9, look)
     if not search.run(starts):
         return search.witness
     ends: list[Leaf] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 import verideq
+from verideq.certify.budget import Budget
 from verideq.certify.certificate import framed
-from verideq.certify.decide import Budget, decide
+from verideq.certify.decide import decide
 from verideq.certify.method import TOLERANCE, Prepared, prepare
+from verideq.certify.radius import reaches
 from verideq.certify.summary import summarise
 from verideq.certify.task import Task, specification
 from verideq.certify.verdict import Verdict
@@ -183,7 +185,7 @@ class Run:
         prepared = prepare(self.model, self.device) if done < len(chunks) else None
         while prepared is not None and done < len(chunks):
             mine = chunks[done : done + world.size][world.rank : world.rank + 1]
-            verdicts = [list(self._work(prepared, chunk)) for chunk in mine]
+            verdicts = [self._work(prepared, chunk) for chunk in mine]
             for found in (part for parts in world.collect(verdicts) for part in parts):
                 self._write(prepared, results, found)
                 written += len(found)
@@ -200,10 +202,7 @@ class Run:
     def _write(self, prepared: Prepared, results: Path, verdicts: list[tuple[int, Verdict]]) -> None:
         """Append the lines of a chunk, and its certificates."""
         places = self._keep_certificates(prepared, [verdict for _, verdict in verdicts])
-        lines = [
-            json.dumps(self._line(index, verdict, place), allow_nan=False) + "\n"
-            for (index, verdict), place in zip(verdicts, places, strict=True)
-        ]
+        lines = [json.dumps(self._line(index, verdict, places), allow_nan=False) + "\n" for index, verdict in verdicts]
         with results.open("a", encoding="utf-8") as stream:
             stream.write("".join(lines))
             stream.flush()
@@ -268,29 +267,31 @@ class Run:
         kept = b"".join(line + b"\n" for line in lines[:position])
         with results.open("r+b") as stream:
             stream.truncate(len(kept))
-        self._cut_certificates([json.loads(line)["certificate"] for line in lines[:position]])
+        fields = [json.loads(line) for line in lines[:position]]
+        self._cut_certificates([line.get(name) for line in fields for name in ("certificate", "radius_certificate")])
         return done
 
-    def _keep_certificates(self, prepared: Prepared, verdicts: list[Verdict]) -> list[str | None]:
-        """Append the records of a chunk; returns each one's place, ``certificates/records.bin:OFFSET``."""
+    def _keep_certificates(self, prepared: Prepared, verdicts: list[Verdict]) -> dict[bytes, str]:
+        """Append the records of a chunk, each once; returns their places, ``certificates/records.bin:OFFSET``."""
         if not self.certificates:
-            return [None] * len(verdicts)
+            return {}
         path = self.folder / RECORDS
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / "model.safetensors").write_bytes(prepared.file)
             (path.parent / "gauges.safetensors").write_bytes(prepared.certificate)
-        places: list[str | None] = []
+        places: dict[bytes, str] = {}
         with path.open("ab") as stream:
-            for verdict in verdicts:
-                places.append(None if verdict.certificate is None else f"{RECORDS}:{stream.tell()}")
-                stream.write(b"" if verdict.certificate is None else framed(verdict.certificate))
+            for record in (record for v in verdicts for record in (v.certificate, v.radius_certificate)):
+                if record is not None and record not in places:
+                    places[record] = f"{RECORDS}:{stream.tell()}"
+                    stream.write(framed(record))
             stream.flush()
             os.fsync(stream.fileno())
         return places
 
     def _cut_certificates(self, places: list[str | None]) -> None:
-        """Cut what an interrupted chunk appended: all after the record of the last line that is kept."""
+        """Cut what an interrupted chunk appended: all after the last record of the lines that are kept."""
         path = self.folder / RECORDS
         if not path.exists():
             return
@@ -298,29 +299,31 @@ class Run:
         with path.open("r+b") as stream:
             end = 0
             if offsets:
-                stream.seek(offsets[-1])
-                end = offsets[-1] + 8 + int.from_bytes(stream.read(8), "little") + 32
+                stream.seek(max(offsets))
+                end = max(offsets) + 8 + int.from_bytes(stream.read(8), "little") + 32
             stream.truncate(end)
 
-    def _work(self, prepared: Prepared, chunk: range) -> Iterator[tuple[int, Verdict]]:
+    def _work(self, prepared: Prepared, chunk: range) -> list[tuple[int, Verdict]]:
+        """The verdicts of a chunk: all samples at the first eps, then at the next, and so on."""
         q, rows = self.questions, slice(chunk.start, chunk.stop)
         images, labels, indices = q.images[rows], q.labels[rows], q.indices[rows]
         C, rhs = specification(prepared, images, labels, None, None)
-        for eps in q.eps:
-            region = Region(images, eps, q.norm, q.clip, weights=q.weights)
-            task = Task(region, labels, C, rhs, torch.tensor(indices), by_label=True)
-            try:
-                verdicts = decide(prepared, task, self.budget, self.model)
-            except InconsistencyError as error:
-                self._save_evidence(error)
-                raise
-            yield from zip(indices, verdicts, strict=True)
+        task = Task(Region(images, 0, q.norm, q.clip, weights=q.weights), labels, C, rhs, torch.tensor(indices), True)
+        try:
+            decided = [
+                decide(prepared, replace(task, region=task.region.with_eps(eps)), self.budget, self.model)
+                for eps in q.eps
+            ]
+            if self.budget.radius:  # of a sample, whatever the eps: what is known of all of them is where to begin
+                found = reaches(prepared, task, self.budget, self.model, decided)
+                decided = [[reach.told(v) for reach, v in zip(found, line, strict=True)] for line in decided]
+        except InconsistencyError as error:
+            self._save_evidence(error)
+            raise
+        return [pair for line in decided for pair in zip(indices, line, strict=True)]
 
-    def _line(self, index: int, verdict: Verdict, certificate: str | None) -> dict[str, Any]:
-        witness = None
-        if verdict.witness is not None:
-            witness = f"witnesses/{index}_{str(verdict.eps).replace('/', '-')}.npy"
-            save_array(self.folder / witness, verdict.witness)
+    def _line(self, index: int, verdict: Verdict, places: Mapping[bytes, str]) -> dict[str, Any]:
+        witness = self._keep_witness(index, str(verdict.eps).replace("/", "-"), verdict.witness)
         line = {
             "index": index,
             "label": verdict.label,
@@ -336,9 +339,23 @@ class Run:
             "steps": verdict.steps,
             "seconds": round(verdict.seconds, 6),
             "witness": witness,
-            "certificate": certificate,
+            "certificate": _place(verdict.certificate, places),
         }
-        return line | {"radius": verdict.radius} if self.budget.radius else line
+        if not self.budget.radius:
+            return line
+        return line | {
+            "radius": None if verdict.radius is None else float(verdict.radius),
+            "attacked_radius": None if verdict.attacked_radius is None else float(verdict.attacked_radius),
+            "radius_certificate": _place(verdict.radius_certificate, places),
+            "radius_witness": self._keep_witness(index, "radius", verdict.radius_witness),
+        }
+
+    def _keep_witness(self, index: int, name: str, witness: np.ndarray | None) -> str | None:
+        if witness is None:
+            return None
+        place = f"witnesses/{index}_{name}.npy"
+        save_array(self.folder / place, witness)
+        return place
 
     def _save_evidence(self, error: InconsistencyError) -> None:
         verdict: Verdict = error.evidence["verdict"]
@@ -346,7 +363,7 @@ class Run:
         save_array(folder / "witness.npy", error.evidence["witness"])
         if verdict.certificate is not None:
             (folder / "certificate.bin").write_bytes(framed(verdict.certificate))
-        record = {k: str(v) for k, v in asdict(verdict).items() if k not in ("witness", "certificate")}
+        record = {k: str(v) for k, v in asdict(verdict).items() if not isinstance(v, (bytes, np.ndarray))}
         write_json(folder / "verdict.json", {"index": error.evidence["index"], "message": str(error), **record})
 
 
@@ -370,6 +387,10 @@ def save_array(path: Path, array: np.ndarray) -> None:
     with partial.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
     partial.replace(path)
+
+
+def _place(record: bytes | None, places: Mapping[bytes, str]) -> str | None:
+    return None if record is None else places.get(record)
 
 
 def _short(value: object) -> str:

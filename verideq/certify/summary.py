@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -43,21 +45,48 @@ def summarise(records: Iterable[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
 
     Args:
         records: the lines of ``results.jsonl``, in any order.
-        meta: ``run.json``: `model`, `data`, `version` and `attack` are read.
+        meta: ``run.json``: `model`, `data`, `version`, `attack` and `radius` are read.
 
     Returns:
         ``summary.json``: `model, data, version, results`, one result an eps in rising order. `checked` is true when
-        something was certified and the checker accepted all of it; `by_method` adds up to `certified`.
+        something was certified and the checker accepted all of it; `by_method` adds up to `certified`. And `radii`, if
+        radii were asked for.
 
     Raises:
         ValueError: a status that does not exist.
     """
     groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+    records = list(records)
     for record in records:
         groups.setdefault((float(record["eps"]), str(record["norm"])), []).append(record)
     with_attack = meta.get("attack", "none") != "none"
     results = [_count(eps, norm, groups[eps, norm], with_attack) for eps, norm in sorted(groups)]
-    return {key: meta.get(key) for key in ("model", "data", "version")} | {"results": results}
+    summary = {key: meta.get(key) for key in ("model", "data", "version")} | {"results": results}
+    return summary | {"radii": _radii(records, with_attack)} if meta.get("radius") else summary
+
+
+def _radii(records: Iterable[Mapping[str, Any]], with_attack: bool) -> dict[str, Any]:
+    """Median and mean over the samples. What is not certified counts as 0, what no attack broke as infinite."""
+    samples = {record["index"]: record for record in records}
+    certified = [float(record["radius"] or 0) for record in samples.values()]
+    attacked = [attacked_radius(record) for record in samples.values()] if with_attack else []
+    return {
+        "n": len(samples),
+        **{f"certified_{name}": value for name, value in _middle(certified).items()},
+        **{f"attacked_{name}": value for name, value in _middle(attacked).items()},
+    }
+
+
+def attacked_radius(record: Mapping[str, Any]) -> float:
+    """Where a sample was broken: at 0 if the model is wrong on it, nowhere (infinite) if no attack has broken it."""
+    if record["status"] == Status.MISCLASSIFIED:
+        return 0.0
+    return math.inf if record["attacked_radius"] is None else float(record["attacked_radius"])
+
+
+def _middle(values: list[float]) -> dict[str, float | None]:
+    found = {"median": statistics.median(values), "mean": statistics.fmean(values)} if values else {}
+    return {name: found[name] if math.isfinite(found.get(name, math.inf)) else None for name in ("median", "mean")}
 
 
 def _count(eps: float, norm: str, records: list[Mapping[str, Any]], with_attack: bool) -> dict[str, Any]:

@@ -42,10 +42,7 @@ class Task:
 
     def to(self, device: torch.device) -> Task:
         """The same questions on another device."""
-        region = self.region
-        weights = None if region.weights is None else region.weights.to(device)
-        moved = Region(region.center.to(device), region.eps, region.norm, region.clip, weights=weights)
-        return replace(self, region=moved, C=self.C.to(device), rhs=self.rhs.to(device))
+        return replace(self, region=self.region.to(device), C=self.C.to(device), rhs=self.rhs.to(device))
 
 
 def specification(

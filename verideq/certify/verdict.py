@@ -30,7 +30,11 @@ class Verdict:
         label: the sample's label, ``None`` for a specification without one.
         attacked: whether the prediction survived the attack; ``None`` without one.
         steps: solver steps of the bound.
-        radius: the largest radius that was certified by bisection, if that was asked for.
+        radius: the largest radius that was certified, if that was asked for; exact.
+        attacked_radius: the smallest at which an attack broke the sample: that of the nearest proved witness; exact for
+            linf, for l2 rounded up.
+        radius_certificate: the record of `radius` that was accepted, as bytes.
+        radius_witness: the point of `attacked_radius`, (*features).
     """
 
     status: Status
@@ -47,7 +51,10 @@ class Verdict:
     label: int | None = None
     attacked: bool | None = None
     steps: int | None = None
-    radius: float | None = None
+    radius: Fraction | None = None
+    attacked_radius: Fraction | None = None
+    radius_certificate: bytes | None = None
+    radius_witness: np.ndarray | None = None
 
     @property
     def certified(self) -> bool:

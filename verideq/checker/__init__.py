@@ -7,7 +7,7 @@ transpose), `layers` (why an equilibrium is unique, and where it lies), `dual` a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,10 +22,12 @@ from verideq.checker.layers import Layer, layer
 from verideq.checker.network import Node, read_nodes
 from verideq.checker.proof import least_margins, row_bounds
 
-__all__ = ["Checker", "Outcome", "check"]
+__all__ = ["STOPPED", "Checker", "Outcome", "check"]
 
 SIZE = 64
 """Records, and cases, that are worked out together, at most."""
+STOPPED = "there was no time to check it"
+"""The reason for what was not looked at."""
 NUMBERS = 2**19
 """Of the rows of cases that are worked out together: what a processor's cache holds."""
 
@@ -95,8 +97,12 @@ class Checker:
             self._layers[node.name, state] = layer(self.arithmetic, node, self._why[node.name], state)
         return self._layers[node.name, state]
 
-    def decide(self, payloads: list[bytes]) -> list[Verdict]:
-        """Whether each record's claim holds, the reason if not, and the margin that was proved."""
+    def decide(self, payloads: list[bytes], stop: Callable[[], bool] = lambda: False) -> list[Verdict]:
+        """Whether each record's claim holds, the reason if not, and the margin that was proved.
+
+        Args:
+            stop: asked between the parts of the work; from then on nothing is accepted, for the reason `STOPPED`.
+        """
         claims: dict[int, Claim] = {}
         cases: dict[object, list[tuple[int, Case]]] = {}
         reasons: dict[int, str] = {}
@@ -113,6 +119,8 @@ class Checker:
         for group in cases.values():
             size = _together(group[0][1])
             for start in range(0, len(group), size):
+                if stop():
+                    reasons = {place: STOPPED for place, _ in group[start:]} | reasons
                 wanted = [(place, case) for place, case in group[start : start + size] if place not in reasons]
                 for place, margin in self._margins(wanted):
                     if isinstance(margin, str):

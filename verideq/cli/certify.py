@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from verideq.certify.decide import Budget
+from verideq.certify.budget import Budget
 from verideq.certify.run import Questions, Run
 from verideq.cli.options import (
     Device,
@@ -57,7 +57,7 @@ def certify(
     attack: Annotated[str, typer.Option(help="none or pgd: look for counterexamples too.")] = "pgd",
     timeout: Annotated[float | None, typer.Option(help="Seconds a sample.", metavar="S")] = None,
     radius: Annotated[
-        bool, typer.Option("--radius", help="Also find the largest certified radius of every sample.")
+        bool, typer.Option("--radius", help="Also find the largest certified and the smallest attacked radius.")
     ] = False,
     certificates: Annotated[bool, typer.Option("--certificates", help="Keep the certificates in the folder.")] = False,
     no_check: Annotated[

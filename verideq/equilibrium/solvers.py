@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from verideq.clock import tick
 from verideq.errors import ConvergenceError, InputError
 from verideq.status import Convergence
 
@@ -196,6 +197,7 @@ def fixed_point(step: Step, start: Tensor, solver: Solver) -> Solution:
     residual = torch.full((batch,), math.inf, dtype=start.dtype, device=start.device)
     steps = torch.zeros(batch, dtype=torch.long, device=start.device)
     for count in range(1, solver.max_steps + 1):
+        tick()
         image = step(x)
         # A mixed iterate belongs to this loop: its memory serves again.
         change = torch.sub(image, x, out=x) if mixed else image - x

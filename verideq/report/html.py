@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from verideq.report.gallery import Images, gallery
-from verideq.report.plots import QUANTITIES, accuracy_plot, colour_of, margin_plot, step_plot
+from verideq.report.plots import QUANTITIES, accuracy_plot, colour_of, margin_plot, radius_plot, step_plot
 from verideq.report.run import Run, read_runs
 from verideq.report.style import STYLE
-from verideq.report.table import duration, eps_text, flags, heading, html_table, interval, percent
+from verideq.report.table import duration, eps_text, flags, heading, html_table, interval, percent, radii_text
 from verideq.status import Status
 
 REASONS = 20
@@ -173,15 +173,12 @@ def _certified(result: Mapping[str, Any]) -> str:
 
 def _plots(runs: Sequence[Run]) -> str:
     several = len(runs) > 1
-    curves = [
-        _key(colour_of(index, quantity, len(runs)), quantity, (f"{escape(run.name)}, " if several else "") + quantity)
-        for index, run in enumerate(runs)
-        for quantity in reversed(QUANTITIES)
-        if quantity != "attacked" or _attacked([run])
-    ]
+    searched = [run for run in runs if "radii" in run.summary]
+    curves = _curves(runs, tuple(reversed(QUANTITIES)))
     names = _legend([_key(i, "certified", escape(run.name)) for i, run in enumerate(runs)]) if several else ""
     figures = [
         (accuracy_plot(runs), _legend(curves), "Accuracy against eps. Bands and bars: 95 % intervals."),
+        (radius_plot(runs), _legend(_curves(searched, ("certified", "attacked"))), _radii(searched)),
         (step_plot(runs), names, "Solver steps, one count a sample and eps."),
         (margin_plot(runs), names, "Proved margins; what lies far out is counted in the outermost bars."),
     ]
@@ -191,6 +188,24 @@ def _plots(runs: Sequence[Run]) -> str:
         if svg is not None
     )
     return f'<div class="plots">{drawn}</div>'
+
+
+def _curves(runs: Sequence[Run], quantities: Sequence[str]) -> list[str]:
+    """The keys of all curves of a plot."""
+    return [
+        _key(colour_of(i, quantity, len(runs)), quantity, (f"{escape(run.name)}, " if len(runs) > 1 else "") + quantity)
+        for i, run in enumerate(runs)
+        for quantity in quantities
+        if quantity != "attacked" or _attacked([run])
+    ]
+
+
+def _radii(runs: Sequence[Run]) -> str:
+    told = [(f"{escape(run.name)}, " if len(runs) > 1 else "") + radii_text(run.summary["radii"]) + "." for run in runs]
+    return (
+        "Largest certified and smallest attacked radius, one count a sample: the true one lies between. Nothing "
+        "certified counts as 0; what no attack broke is left out. " + " ".join(told)
+    )
 
 
 def _attacked(runs: Sequence[Run]) -> bool:

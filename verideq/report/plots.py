@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from verideq.certify.summary import attacked_radius
 from verideq.report.run import Run
 from verideq.report.table import eps_text
 
@@ -90,6 +91,32 @@ def margin_plot(runs: Sequence[Run]) -> str | None:
         axes.set_title(f"eps {eps_text(eps)}", loc="left", fontsize=10, color=INK)
     grid[-1].set_xlabel("proved margin (right of the line: certified)")
     return svg_of(figure, "margins", "Histograms of the proved margins")
+
+
+def radius_plot(runs: Sequence[Run]) -> str | None:
+    """Histograms of the certified radii, and of the attacked ones on the same axis; `None` where none was asked for.
+
+    A sample without a certified radius counts at 0, one that no attack has broken not at all.
+    """
+    runs = [run for run in runs if "radii" in run.summary]
+    if not runs:
+        return None
+    samples = [{r["index"]: r for r in run.records}.values() for run in runs]
+    certified = [np.array([r["radius"] or 0 for r in own], dtype=np.float64) for own in samples]
+    attacked = [np.array([attacked_radius(r) for r in own], dtype=np.float64) for own in samples]
+    attacked = [values[np.isfinite(values)] for values in attacked]
+    edges = _edges(np.concatenate([*certified, *attacked]))
+    figure, (axes,) = figure_of([2.6])
+    for quantity, values in (("certified", certified), ("attacked", attacked)):
+        for index, sample in enumerate(values):
+            colour = SERIES[colour_of(index, quantity, len(runs))]
+            clipped, line = sample.clip(edges[0], edges[-1]), QUANTITIES[quantity][1]
+            axes.hist(clipped, bins=edges.tolist(), color=colour, histtype="stepfilled", alpha=0.18)
+            axes.hist(clipped, bins=edges.tolist(), color=colour, histtype="step", linewidth=1.6, linestyle=line)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    axes.set_xlabel("radius eps")
+    axes.set_ylabel("samples")
+    return svg_of(figure, "radii", "Histograms of the certified and of the attacked radii")
 
 
 def step_plot(runs: Sequence[Run]) -> str | None:

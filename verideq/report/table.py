@@ -48,7 +48,23 @@ def table(summary: Mapping[str, Any]) -> Table:
         ]
         # Text, not str: rich would read brackets as markup.
         view.add_row(*map(Text, cells))
+    if "radii" in summary:
+        view.caption = Text(radii_text(summary["radii"]))
     return view
+
+
+def radii_text(radii: Mapping[str, Any]) -> str:
+    """Median and mean of the radii in one line.
+
+    >>> radii_text({"certified_median": 0.05, "attacked_median": 0.11, "certified_mean": 0.06, "attacked_mean": None})
+    'median radius: certified 0.05, attacked 0.11; mean: certified 0.06, attacked -'
+    """
+
+    def of(name: str) -> str:
+        values = {kind: radii[f"{kind}_{name}"] for kind in ("certified", "attacked")}
+        return ", ".join(f"{kind} {'-' if value is None else f'{value:.4g}'}" for kind, value in values.items())
+
+    return f"median radius: {of('median')}; mean: {of('mean')}"
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, style: str = "numbers") -> str:

@@ -1,0 +1,54 @@
+"""`Budget`: how hard to try."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from verideq.attacks import attack_named
+from verideq.certify.bound import METHODS, method_named
+from verideq.certify.method import Prepared
+from verideq.errors import InputError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How hard to try.
+
+    Args:
+        method: a bound method, or ``auto``.
+        attack: an attack suite, or ``none``.
+        max_steps: of the equilibrium solver in a bound.
+        timeout: seconds a question: a sample at a radius, or how large its radius is; ``None`` for no limit.
+        seed: of the attack's noise.
+        radius: look for the largest certified and the smallest attacked radius of each sample too.
+        check: have the independent checker accept a certificate of every sample before it is CERTIFIED.
+        tolerance: of the solver that will run the model, in units of the slack of each gauge: what it may be off by is
+            charged to every margin.
+    """
+
+    method: str = "auto"
+    attack: str = "none"
+    max_steps: int = 1000
+    timeout: float | None = None
+    seed: int = 0
+    radius: bool = False
+    check: bool = True
+    tolerance: Fraction = Fraction(0)
+
+    def __post_init__(self) -> None:
+        method_named(self.method)
+        attack_named(self.attack)
+        if self.timeout is not None and not self.timeout > 0:
+            raise InputError(f"timeout {self.timeout} is no time; give a number of seconds above 0")
+        if not self.tolerance >= 0:
+            raise InputError(f"deployed tolerance {self.tolerance} is negative; give 0 or more")
+
+    def methods(self, prepared: Prepared) -> tuple[str, ...]:
+        """The methods to try, cheapest first; ``auto`` takes branch and bound, which has no end, in a time limit."""
+        if self.method != "auto":
+            return (self.method,)
+        if prepared.missing:
+            return ("interval",)
+        tight = ("quadratic",) if prepared.monotone else ("adjoint", "adjoint-refined", "adjoint-ascent")
+        return tuple(m for m in ("interval", *tight, *(("branch-and-bound",) if self.timeout else ())) if m in METHODS)

@@ -1,0 +1,71 @@
+"""Time limits: a deadline that loops look at, and accounts that say what each sample has used."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+
+class OutOfTime(Exception):
+    """The deadline has passed. Whoever has something to hand back catches it; it never reaches a user."""
+
+
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
+
+
+@contextmanager
+def until(deadline: float) -> Iterator[None]:
+    """Let `tick` raise once `time.monotonic` has passed the deadline, or an earlier one that is set already."""
+    token = _deadline.set(min(deadline, _deadline.get()))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def tick() -> None:
+    """Called by loops.
+
+    Raises:
+        OutOfTime: the deadline of `until` has passed.
+    """
+    if time.monotonic() > _deadline.get():
+        raise OutOfTime
+
+
+class Accounts:
+    """What each sample of a batch has used of its time: work is charged to those for whom it is done, in equal parts.
+
+    Args:
+        samples: in the batch.
+        limit: seconds a sample; ``None`` for no limit.
+    """
+
+    def __init__(self, samples: int, limit: float | None) -> None:
+        self.limit = math.inf if limit is None else limit
+        self.spent = [0.0] * samples
+
+    def left(self, places: Sequence[int]) -> float:
+        """Seconds that some samples have together."""
+        return sum(max(0.0, self.limit - self.spent[i]) for i in set(places))
+
+    def late(self, i: int, share: float = 1.0) -> bool:
+        """Whether a sample has used this share of its time."""
+        return self.spent[i] >= share * self.limit
+
+    @contextmanager
+    def charged(self, places: Sequence[int], share: float = 1.0) -> Iterator[float]:
+        """Charge the time of the block to some samples; gives its deadline, after a `share` of what they have left.
+
+        A sample that is named twice is charged twice.
+        """
+        started = time.monotonic()
+        try:
+            yield started + share * self.left(places)
+        finally:
+            each = (time.monotonic() - started) / max(1, len(places))
+            for i in places:
+                self.spent[i] += each
