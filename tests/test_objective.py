@@ -233,10 +233,10 @@ def test_a_box_of_one_without_weight_is_the_interval_loss() -> None:
     terms = Objective(recipe, trace(model()), (0.0, 1.0))(IMAGES, LABELS, EPS, torch.Generator())
     one, boxes = passed(model())
     center, radius = one.margins(boxes, LABELS)
-    assert float(terms.loss) == pytest.approx(float(F.cross_entropy(radius - center, LABELS)))
+    assert float(terms.loss.detach()) == pytest.approx(float(F.cross_entropy(radius - center, LABELS).detach()))
     assert terms.open is not None and terms.growth is not None
     ratio = boxes[one.last.inputs[0]].radius.mean() / BOX.radius.mean()
-    assert float(terms.growth) == pytest.approx(float(ratio))
+    assert float(terms.growth) == pytest.approx(float(ratio.detach()))
 
 
 # --- penalties --------------------------------------------------------------------------------------------------------
@@ -256,15 +256,15 @@ def test_the_bound_penalty_against_the_formula_unit_by_unit(name: str) -> None:
             conv = lambda w, x: F.conv2d(x, w, padding=1)  # noqa: E731  # two uses, here alone
             lower = lower + conv(W.clamp(min=0), z.lower) + conv(W.clamp(max=0), z.upper)
             upper = upper + conv(W.clamp(min=0), z.upper) + conv(W.clamp(max=0), z.lower)
-        ratio = float(BOX.width.mean() / (upper - lower).mean())
+        ratio = float((BOX.width.mean() / (upper - lower).mean()).detach())
         total += max(0.0, tau - ratio)
-        c = (lower + upper) / 2
+        c = ((lower + upper) / 2).detach()
         for values in (c, (c - c.mean()) ** 2):
             up, down = float(values[lower > 0].sum().abs()), float(values[upper < 0].sum().abs())
             if up and down:
                 total += max(0.0, tau - min(up / down, down / up))
     assert count > 0
-    assert float(bound_penalty(one, boxes, tau)) == pytest.approx(total / (count * tau), rel=1e-6)
+    assert float(bound_penalty(one, boxes, tau).detach()) == pytest.approx(total / (count * tau), rel=1e-6)
 
 
 def test_the_bound_penalty_narrows_bounds_when_it_alone_is_minimised() -> None:
@@ -290,14 +290,14 @@ def test_l1_and_jacobian_penalties_against_their_definitions() -> None:
     one, _ = passed(built)
     layer = built[0]
     weights = [layer.fusion.weight, layer.injection[0].weight, built[4].weight]
-    assert float(l1_penalty(one)) == pytest.approx(float(sum(w.abs().sum() for w in weights)))
+    assert float(l1_penalty(one).detach()) == pytest.approx(sum(float(w.detach().abs().sum()) for w in weights))
     z, W = one.clean["0"], layer.fusion.weight
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(3)).double()
     x = z.detach().requires_grad_()
     image = F.relu(F.conv2d(x, W, padding=1) + one.clean["0.injection.1"])
     (pulled,) = torch.autograd.grad(image, x, v)
     found = jacobian_penalty(one, torch.Generator().manual_seed(3))
-    assert float(found) == pytest.approx(float((pulled**2).mean()), rel=1e-6)
+    assert float(found.detach()) == pytest.approx(float((pulled**2).mean()), rel=1e-6)
     found.backward()
     assert float(layer.fusion.parametrizations.weight.original.grad.abs().sum()) > 0
 
