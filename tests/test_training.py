@@ -191,7 +191,8 @@ def test_every_option_of_a_parametrization_is_an_option_of_the_recipe(recipe_fil
     accepted = list(inspect.signature(PARAMETRIZATIONS[name].register).parameters.values())[1:]
     own = {p.name: p.default for p in accepted}
     assert "m" in own
-    assert recipe.all_options() == {"width": 32, "stride": 2, "pool": 1, **own}
+    sizes = {"width": 32, "stride": 2, "pool": 1, "kernel": 3, "stem": 0, "units": 0}
+    assert recipe.all_options() == {**sizes, **own}
     assert read_recipe(recipe_file(recipe.toml())) == replace(recipe, options=recipe.all_options())
 
 
