@@ -168,7 +168,9 @@ class Recipe:
         for key, value in self.options.items():
             if key not in known:
                 raise RecipeError(f"options.{key}: {owner} has no such option; it has {', '.join(known)}")
-            if not _typed(f"options.{key}", value, type(known[key])) > 0:
+            number = _typed(f"options.{key}", value, type(known[key]))
+            # What is 0 by default may be 0: a part that is left out.
+            if not (number > 0 or number == known[key]):
                 raise RecipeError(f"options.{key}: expected a number above 0; got {value!r}")
         try:
             with torch.random.fork_rng(devices=[]):
