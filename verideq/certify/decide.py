@@ -164,19 +164,20 @@ class _Draft:
             for i in places
             if self.verdicts[i].status is Status.UNKNOWN
             and REJECTED not in self.verdicts[i].reason
-            and not self.accounts.late(i)
+            and not self.accounts.late(i, RESERVE)
         ]
 
-    def expire(self, places: Sequence[int]) -> None:
-        """What is open, or was proved just now, if the time is over."""
+    def expire(self, places: Sequence[int], share: float = 1.0) -> None:
+        """What is open, or was proved just now, if this share of the time is over."""
         reason = "the time limit was reached; raise --timeout"
         for i in places:
             status, refused = self.verdicts[i].status, REJECTED in self.verdicts[i].reason
-            if self.accounts.late(i) and not refused and status in (Status.UNKNOWN, Status.CERTIFIED):
+            if self.accounts.late(i, share) and not refused and status in (Status.UNKNOWN, Status.CERTIFIED):
                 self.set(i, status=Status.TIMEOUT, reason=reason, checked=False, certificate=None)
 
     def finish(self) -> list[Verdict]:
-        self.expire([i for i, v in enumerate(self.verdicts) if v.status is Status.UNKNOWN])
+        # What is open when a bound has used up all that it may is open for want of time.
+        self.expire([i for i, v in enumerate(self.verdicts) if v.status is Status.UNKNOWN], RESERVE)
         return [replace(v, seconds=spent) for v, spent in zip(self.verdicts, self.accounts.spent, strict=True)]
 
 
