@@ -1,10 +1,11 @@
-"""The time of every bound method beside intervals, and over the floor of its products: one thread, one JSON line.
+"""The time of every bound method, beside intervals and over the floor of its matrix products: one thread, one line.
 
     python benchmarks/methods.py [--width H] [--batch N] [--eps E] [--rounds N] [--out NAME]
 
 An untrained equilibrium of `width` dense units between images of the size of MNIST and ten outputs: nine margins a
 sample. `quadratic` and `branch-and-bound` are measured on a monotone one of 40 units. All candidates take turns in
-every round, and ratios are those of a round: what else the machine does weighs on all. Medians are kept.
+every round, and ratios are those of a round, so that what else the machine does weighs on all of them; medians are
+kept.
 
 *Floor*: the least time of the products that a method cannot do without, each timed by itself in the same round, with
 the number of steps that its solver took.
