@@ -17,7 +17,7 @@ PACKAGE = ROOT / "verideq"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 FLOORS = (
-    {"region", "box", "clock", "errors", "status", "distributed"},
+    {"region", "box", "clock", "errors", "memory", "status", "distributed"},
     {"equilibrium"},
     {"parametrizations"},
     {"graph"},

@@ -14,6 +14,7 @@
     ├── ParametrizationError            a weight outside the class of its parametrization
     ├── NoGaugeError                    no positive vector proves a layer well-posed
     ├── ConvergenceError                a solver stopped before its tolerance
+    ├── NotEnoughMemory                 what is to be done does not fit, however it is cut
     ├── DivergenceError                 a training run whose numbers are none any more
     └── InconsistencyError              a certificate and a counterexample for the same sample
 
@@ -101,6 +102,10 @@ class ConvergenceError(VerideqError, RuntimeError):
     def __init__(self, message: str, worst: float, steps: int) -> None:
         self.worst, self.steps = worst, steps
         super().__init__(message)
+
+
+class NotEnoughMemory(VerideqError):
+    """What is to be done is predicted not to fit into memory, however it is cut; the message has both sizes."""
 
 
 class DivergenceError(VerideqError, RuntimeError):

@@ -18,20 +18,20 @@ from verideq.box import TINY, Box
 from verideq.certify.backward import Relaxed, Rule, Scene, crown
 from verideq.certify.certificate import Proof, Step
 from verideq.certify.enclosure import pre_activations
+from verideq.certify.footprint import ROUNDS, WORK, Footprint
 from verideq.certify.interval import RULES, Arithmetic
 from verideq.certify.method import Bounds, Prepared, Query, boxes_of, states_of
 from verideq.clock import OutOfTime, until
 from verideq.graph import INPUT
+from verideq.memory import fitting
 
 SLOPES = ("adaptive", "zero", "one")
 
 
-ROUNDS = 3
-"""Tightenings of one node by `adjoint_refined`, at most."""
 MOVED = 0.01
 """A round that narrows the pre-activations by a smaller share is the last."""
 ELEMENTS = 2**24
-"""Coefficients that are held at a time: what bounds the memory."""
+"""Coefficients that are worked on at a time, if memory allows."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def refined(prepared: Prepared, query: Query, finish: Callable[[Stage], Bounds])
     found = stage.bounds()
     left = (~query.closed(found.box.lower)).nonzero().flatten()
     size = max((known.z.lower[0].numel() for known in stage.scene.relaxed.values()), default=1)
-    for part, own in query.parts(left, max(1, ELEMENTS // (2 * size * size))):
+    shape = Footprint.of(prepared, query.box.lower, stage.best.lower.shape[1])
+    most = min(ELEMENTS // (2 * size * size), shape.samples_at_once("adjoint-refined"))
+    for part, own in query.parts(left, max(1, most)):
         with suppress(OutOfTime), until(own.deadline):
             found = found.replaced(part, finish(first(prepared, own, tightened=True)))
     return found
@@ -152,6 +154,8 @@ def scene_of(prepared: Prepared, query: Query, steps: list[list[Step]] | None = 
     arithmetic = Arithmetic(prepared.gauges, query.solver, query.tolerance, prepared.monotone)
     known: dict[str, Box] = {INPUT: query.box}
     relaxed: dict[str, Relaxed] = {}
+    shape = Footprint.of(prepared, query.box.lower, 1)
+    at_once = fitting(shape.row, shape.device, "a row that tightens a unit") if steps is not None else 0
 
     scene = Scene(prepared.graph, known, relaxed, query.region)
     for node in prepared.graph.nodes:
@@ -164,18 +168,23 @@ def scene_of(prepared: Prepared, query: Query, steps: list[list[Step]] | None = 
             pre, drift = pre_activations(layer, v[0], z), arithmetic.drifts.get(node.name)
             relaxed[node.name] = Relaxed(node, pre, z, layer.operator(), drift).with_pre(pre)
         if steps is not None and node.name in relaxed:
-            refine(scene, node.name, steps)
+            refine(scene, node.name, steps, at_once)
             known[node.name] = relaxed[node.name].computed
     return scene, arithmetic
 
 
-def refine(scene: Scene, name: str, steps: list[list[Step]]) -> None:
-    """Tighten the pre-activations of a node, the unstable units' lower and upper ends, until little moves."""
+def refine(scene: Scene, name: str, steps: list[list[Step]], at_once: int) -> None:
+    """Tighten the pre-activations of a node, the unstable units' lower and upper ends, until little moves.
+
+    Args:
+        steps: of every sample: how, written down.
+        at_once: see `tighten`.
+    """
     moving = torch.ones(scene.samples, dtype=torch.bool, device=scene.relaxed[name].pre.lower.device)
     for _ in range(ROUNDS):
         known = scene.relaxed[name]
-        # The widest first, and no more than fit.
-        counts = known.unstable.flatten(1).sum(1).clamp(max=max(1, ELEMENTS // (2 * known.pre.lower[0].numel())))
+        # The widest first. What is too much is too much for everyone, whatever memory there is.
+        counts = known.unstable.flatten(1).sum(1).clamp(max=max(1, WORK // (2 * known.pre.lower[0].numel())))
         counts = torch.where(moving, counts, 0)
         most = int(counts.max())
         if not most:
@@ -184,7 +193,7 @@ def refine(scene: Scene, name: str, steps: list[list[Step]]) -> None:
         units = width.argsort(dim=1, descending=True, stable=True)[:, :most]
         before = width.clamp(min=0).sum(1)
         own_rows = torch.arange(most, device=units.device) < counts[:, None]
-        multipliers = tighten(scene, name, torch.cat((units, -1 - units), 1), own_rows.repeat(1, 2))
+        multipliers = tighten(scene, name, torch.cat((units, -1 - units), 1), own_rows.repeat(1, 2), at_once)
         for i, count in enumerate(counts.tolist()):
             if count:
                 chosen = [*range(count), *range(most, most + count)]
@@ -195,13 +204,37 @@ def refine(scene: Scene, name: str, steps: list[list[Step]]) -> None:
         moving = moving & (after < before * (1 - MOVED))
 
 
-def tighten(scene: Scene, name: str, units: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+def tighten(scene: Scene, name: str, units: Tensor, wanted: Tensor, at_once: int = 2**62) -> dict[str, Tensor]:
     """Better pre-activations of a node in `scene`, by the adjoint bound of their own rows; returns the multipliers.
 
     Args:
         units: (samples, rows): ``i`` for the lower end of unit ``i``, ``-1 - i`` for the upper one.
         wanted: (samples, rows) whether a row is a sample's own, and not there for its batch-mates.
+        at_once: rows of all samples together that fit into memory.
     """
+    size = max(1, at_once // scene.samples)
+    parts = [
+        _ends(scene, name, *part)
+        for part in zip(torch.split(units, size, 1), torch.split(wanted, size, 1), strict=True)
+    ]
+    ends = torch.cat([part[0] for part in parts], 1)
+    used = {node: torch.cat([part[1][node] for part in parts], 1) for node in parts[0][1]}
+    known = scene.relaxed[name]
+    lower = units >= 0
+    places = torch.where(lower, units, -1 - units)
+    flat = Box(known.pre.lower.flatten(1), known.pre.upper.flatten(1))
+    least = torch.where(lower, ends, -torch.inf).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    most = torch.where(lower, torch.inf, -ends).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    pre = Box(
+        flat.lower.scatter_reduce(1, places, least, "amax").view_as(known.pre.lower),
+        flat.upper.scatter_reduce(1, places, most, "amin").view_as(known.pre.upper),
+    )
+    scene.relaxed[name] = known.with_pre(pre)
+    return used
+
+
+def _ends(scene: Scene, name: str, units: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of units, the ends and what gives them, in float32; see `tighten`."""
     known = scene.relaxed[name]
     state, lower = known.pre.lower.shape[1:], units >= 0
     places = torch.where(lower, units, -1 - units)
@@ -216,15 +249,7 @@ def tighten(scene: Scene, name: str, units: Tensor, wanted: Tensor) -> dict[str,
     divisor, doubt = (x.expand(1, *state).flatten()[places] for x in (known.divisor(), known.doubt()))
     ends = bounds / divisor
     ends = torch.where(wanted, ends - ends.abs() * (2.0**-49 + 2 * doubt) - TINY, -torch.inf)
-    flat = Box(known.pre.lower.flatten(1), known.pre.upper.flatten(1))
-    least = torch.where(lower, ends, -torch.inf).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    most = torch.where(lower, torch.inf, -ends).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    pre = Box(
-        flat.lower.scatter_reduce(1, places, least, "amax").view_as(known.pre.lower),
-        flat.upper.scatter_reduce(1, places, most, "amin").view_as(known.pre.upper),
-    )
-    scene.relaxed[name] = known.with_pre(pre)
-    return used
+    return ends, {node: g.float() for node, g in used.items()}
 
 
 def rules(scene: Scene, slopes: str) -> dict[str, Rule]:

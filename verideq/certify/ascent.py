@@ -24,10 +24,12 @@ from torch import Tensor
 from verideq.box import TINY
 from verideq.certify.adjoint import ELEMENTS, Stage, opened, refined, rows_of, rules
 from verideq.certify.backward import Rule, Scene, given, most
+from verideq.certify.footprint import Footprint
 from verideq.certify.method import Bounds, Prepared, Query
 from verideq.clock import OutOfTime
 from verideq.equilibrium import Auto
 from verideq.graph import INPUT
+from verideq.memory import fitting
 
 Multipliers = dict[str, Tensor]
 """By node, (rows, 1, *state): every row is a sample of its own."""
@@ -73,10 +75,12 @@ def ascended(stage: Stage, climb: Climb = Climb()) -> Stage:
     query, best, C, witnesses = stage.query, stage.best, rows_of(stage.query, stage.scene), dict(stage.witnesses)
     samples, rows = opened(query, best.lower).nonzero().unbind(1)
     size = sum(known.z.lower[0].numel() for known in stage.scene.relaxed.values())
-    fitting = max(1, ELEMENTS // (8 * size + 1))
+    shape = Footprint.of(stage.prepared, query.box.lower, 1)
+    room = fitting(shape.climb, shape.device, "a row whose multipliers climb")
+    together = max(1, min(ELEMENTS // (8 * size + 1), room))
     trial = Trial(stage.prepared)
     with suppress(OutOfTime):  # what was found before that stays
-        for i, k in zip(torch.split(samples, fitting), torch.split(rows, fitting), strict=True):
+        for i, k in zip(torch.split(samples, together), torch.split(rows, together), strict=True):
             if not len(i) or time.monotonic() > query.deadline:
                 break
             scene = stage.scene.select(i)

@@ -15,6 +15,7 @@ from verideq.certify.adjoint import adjoint, adjoint_refined
 from verideq.certify.ascent import adjoint_ascent
 from verideq.certify.branching import branch_and_bound
 from verideq.certify.certificate import Proof
+from verideq.certify.footprint import Footprint
 from verideq.certify.interval import Arithmetic, propagate
 from verideq.certify.method import TOLERANCE, Bounds, Method, Prepared, Query, boxes_of, prepare, states_of
 from verideq.certify.quadratic import quadratic
@@ -72,7 +73,7 @@ def run_method(
     unproved: bool = False,
 ) -> Bounds:
     """`bound`, with the steps that it took and a proof; see `Query`."""
-    chosen = method_named(method)
+    method_named(method)
     box = region.box() if isinstance(region, Region) else region
     if isinstance(region, Box) and bool((flushed(region.lower) | flushed(region.upper)).any()):
         raise RegionError(
@@ -92,7 +93,7 @@ def run_method(
     # cuDNN may choose a transform whose error is not bounded entry by entry.
     try:
         with torch.backends.cudnn.flags(enabled=False), until(deadline):
-            result = chosen(prepared, query)
+            result = _cut(method, prepared, query)
     except OutOfTime:
         rows = math.prod(outputs) if C is None else C.shape[1]
         nothing = torch.full((len(query), rows), torch.inf, dtype=torch.float64, device=prepared.device)
@@ -101,6 +102,31 @@ def run_method(
     unknown = ~(result.box.lower <= result.box.upper)
     lower = torch.where(unknown, -torch.inf, result.box.lower)
     return replace(result, box=Box(lower, torch.where(unknown, torch.inf, result.box.upper)))
+
+
+def _cut(name: str, prepared: Prepared, query: Query) -> Bounds:
+    """A method, applied to as many samples, or rows of one sample, as fit into memory at a time."""
+    method = method_named(name)
+    C = query.C
+    if C is None:
+        outputs = math.prod(prepared.graph.shapes(query.box.lower)[prepared.graph.nodes[-1].name])
+        C = torch.eye(outputs, dtype=torch.float64, device=prepared.device).expand(len(query), outputs, outputs)
+    sides = 2 if query.upper else 1
+    shape = Footprint.of(prepared, query.box.lower, sides * C.shape[1])
+    some, size = shape.rows_at_once(name) // sides, shape.samples_at_once(name)
+    if some >= C.shape[1]:
+        if len(query) <= size:
+            return method(prepared, query)
+        found = [method(prepared, own) for _, own in query.parts(torch.arange(len(query)), size)]
+    else:
+        found = []
+        for part, own in query.parts(torch.arange(len(query)), 1):
+            rows = torch.split(torch.arange(C.shape[1]), max(1, some))
+            asked = [replace(own, C=C[part][:, k], rhs=None if own.rhs is None else own.rhs[:, k]) for k in rows]
+            found.append(Bounds.beside([method(prepared, q) for q in asked]))
+    if not found:
+        raise OutOfTime
+    return Bounds.joined(found)
 
 
 def _specification(C: Tensor, batch: int, outputs: tuple[int, ...]) -> Tensor:

@@ -26,9 +26,11 @@ from verideq.certify.adjoint import ELEMENTS, Stage, opened, refined, rows_of
 from verideq.certify.ascent import SPARE, Climb, Multipliers, Trial, ascended, climbed, proved, spare
 from verideq.certify.backward import Scene, given
 from verideq.certify.certificate import Proof, Split, Step, Then, Tree
+from verideq.certify.footprint import Footprint
 from verideq.certify.method import Bounds, Prepared, Query
 from verideq.clock import Accounts, OutOfTime
 from verideq.graph import INPUT
+from verideq.memory import fitting
 
 PARTS = 8
 """Parts of a tree that are cut in a round."""
@@ -169,7 +171,9 @@ class Branching:
                 room = float(spare(stage.scene.select(torch.tensor([i])), self.C[i, k][None]))
                 self.searches.append(Search(i, k, goal, room, Part((), own)))
         size = sum(known.z.lower[0].numel() for known in stage.scene.relaxed.values())
-        self.fitting = max(1, ELEMENTS // (16 * size + 1))
+        shape = Footprint.of(stage.prepared, query.box.lower, 1)
+        room = fitting(shape.climb, shape.device, "a part of a region")
+        self.fitting = max(1, min(ELEMENTS // (16 * size + 1), room))
         self.accounts = Accounts(len(query), (query.deadline - time.monotonic()) / max(1, len(query)))
 
     def run(self) -> Bounds:

@@ -10,6 +10,9 @@ from verideq.certify.bound import METHODS, method_named
 from verideq.certify.method import Prepared
 from verideq.errors import InputError
 
+LARGE = 2**24
+"""Bytes of a record that stays in memory whether anybody wants to keep it or not."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -25,6 +28,7 @@ class Budget:
         check: have the independent checker accept a certificate of every sample before it is CERTIFIED.
         tolerance: of the solver that will run the model, in units of the slack of each gauge: what it may be off by is
             charged to every margin.
+        keep: hand over certificates however large they are.
     """
 
     method: str = "auto"
@@ -35,6 +39,7 @@ class Budget:
     radius: bool = False
     check: bool = True
     tolerance: Fraction = Fraction(0)
+    keep: bool = True
 
     def __post_init__(self) -> None:
         method_named(self.method)
@@ -43,6 +48,10 @@ class Budget:
             raise InputError(f"timeout {self.timeout} is no time; give a number of seconds above 0")
         if not self.tolerance >= 0:
             raise InputError(f"deployed tolerance {self.tolerance} is negative; give 0 or more")
+
+    def kept(self, record: bytes) -> bytes | None:
+        """What is handed over of a record that was accepted."""
+        return record if self.keep or len(record) < LARGE else None
 
     def methods(self, prepared: Prepared) -> tuple[str, ...]:
         """The methods to try, cheapest first; ``auto`` takes branch and bound, which has no end, in a time limit."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -86,6 +86,29 @@ class Proof:
     states: Mapping[str, Numbers] = field(default_factory=dict)
     cases: tuple[tuple[Step, ...], ...] = ((Step(),),)
     trees: tuple[tuple[tuple[int, ...] | None, Tree], ...] = ((None, 0),)
+
+    @staticmethod
+    def beside(parts: Sequence[Proof], counts: Sequence[int]) -> Proof:
+        """The proof of all rows of a sample, from those of so many rows each: the boxes are the same."""
+        cases: list[tuple[Step, ...]] = []
+        trees: list[tuple[tuple[int, ...] | None, Tree]] = []
+        begin = 0
+        for part, count in zip(parts, counts, strict=True):
+            for rows, tree in part.trees:
+                own = range(count) if rows is None else rows
+                trees.append((tuple(begin + row for row in own), _renumbered(tree, len(cases))))
+            cases += part.cases
+            begin += count
+        return replace(parts[0], cases=tuple(cases), trees=tuple(trees))
+
+
+def _renumbered(tree: Tree, by: int) -> Tree:
+    """A tree whose cases come after so many others."""
+    if isinstance(tree, int):
+        return tree + by
+    if isinstance(tree, Then):
+        return Then(tree.case + by, _renumbered(tree.tree, by))
+    return replace(tree, below=_renumbered(tree.below, by), above=_renumbered(tree.above, by))
 
 
 def gauge_file(model: bytes, gauges: Mapping[str, Gauge], monotone: Mapping[str, float] | None = None) -> bytes:

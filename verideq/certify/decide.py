@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from verideq.attacks import attack_named
 from verideq.box import Box
 from verideq.certify.bound import elide, run_method
 from verideq.certify.budget import Budget
+from verideq.certify.footprint import Footprint
 from verideq.certify.method import Bounds, Prepared, prepare
 from verideq.certify.proposal import margins_of, written
 from verideq.certify.radius import reaches
@@ -24,7 +24,7 @@ from verideq.certify.verdict import Verdict
 from verideq.certify.witness import Found, examined, followed, inconsistency, target
 from verideq.checker import STOPPED
 from verideq.clock import Accounts
-from verideq.errors import ConvergenceError, InconsistencyError, InputError, NoGaugeError
+from verideq.errors import ConvergenceError, InconsistencyError, InputError, NoGaugeError, NotEnoughMemory
 from verideq.region import Radius, Region, parse_eps, round_up
 from verideq.status import Status
 
@@ -190,16 +190,25 @@ def _decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module 
     stages: list[str | None] = [*methods]
     # What an attack breaks needs no proof, and costs the bounds behind the first the most time.
     stages.insert(1, None)
+    shape = Footprint.of(prepared, task.region.center, task.rhs.shape[1])
     for method in stages:
         places = draft.open(right) if method is not None else [i for i in right if not draft.accounts.late(i)]
-        if not places:
-            continue
-        part = task[torch.tensor(places)]
-        if method is None:
-            _attack(prepared, part, draft, places, budget, original)
-        else:
-            _prove(prepared, part, draft, places, budget, method, original)
+        for group in _groups(places, shape, method):
+            part = task[torch.tensor(group)]
+            if method is None:
+                _attack(prepared, part, draft, group, budget, original)
+            else:
+                _prove(prepared, part, draft, group, budget, method, original)
     return draft.finish()
+
+
+def _groups(places: list[int], shape: Footprint, method: str | None) -> list[list[int]]:
+    """As many samples as fit into memory, with their proofs, at a time; `method`: ``None`` for an attack."""
+    try:
+        size = shape.attacks_at_once() if method is None else shape.samples_at_once(method)
+    except NotEnoughMemory:
+        size = max(1, len(places))  # the method will say so itself
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _predict(prepared: Prepared, task: Task, draft: _Draft) -> list[int]:
@@ -258,6 +267,10 @@ def _prove(
                 rate = "" if math.isnan(error.rate) else f" (measured contraction rate {error.rate:.4g})"
                 draft.set(i, method=method, reason=f"{error}{rate}")
         return
+    except NotEnoughMemory as error:
+        for i in right:
+            draft.set(i, reason="; ".join(filter(None, (draft.verdicts[i].reason, str(error)))))
+        return
     lower = margins_of(bounds, part)
     for i, margin, steps in zip(right, lower, bounds.steps.tolist(), strict=True):
         before = draft.verdicts[i]
@@ -275,7 +288,7 @@ def _prove(
     proposed = [k for k, margin in enumerate(lower) if 0 < margin < math.inf]
     if budget.check and proposed:
         with draft.accounts.charged([right[k] for k in proposed]) as deadline:
-            _check(prepared, part, draft, right, proposed, bounds, lower, budget.tolerance, deadline)
+            _check(prepared, part, draft, right, proposed, bounds, lower, budget, deadline)
     draft.expire(right)
     _follow(prepared, part, draft, right, budget, original, bounds)
 
@@ -288,15 +301,15 @@ def _check(
     proposed: list[int],
     bounds: Bounds,
     lower: list[float],
-    tolerance: Fraction,
+    budget: Budget,
     deadline: float,
 ) -> None:
     """Have the independent checker read a certificate of every sample that is about to be certified."""
-    payloads = [written(prepared, part, k, bounds, lower[k], tolerance) for k in proposed]
+    payloads = [written(prepared, part, k, bounds, lower[k], budget.tolerance) for k in proposed]
     decided = prepared.checker.decide(payloads, lambda: time.monotonic() > deadline)
     for k, payload, (accepted, reason, margin) in zip(proposed, payloads, decided, strict=True):
         if accepted:
-            draft.set(right[k], checked=True, certificate=payload, margin=margin)
+            draft.set(right[k], checked=True, certificate=budget.kept(payload), margin=margin)
         elif bounds.estimated or reason == STOPPED:
             draft.set(right[k], status=Status.UNKNOWN, reason=f"the bound was not confirmed: {reason}")
         else:

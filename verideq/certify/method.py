@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -154,6 +155,32 @@ class Bounds:
         if points is not None and other.points is not None:
             points = points.index_copy(0, part, other.points)
         return Bounds(Box(*sides), steps, proof, {**kept, **found}, points, self.estimated or other.estimated)
+
+    @staticmethod
+    def joined(parts: Sequence[Bounds]) -> Bounds:
+        """Those of samples, one part after another."""
+        lower, upper = (torch.cat([getattr(part.box, side) for part in parts]) for side in ("lower", "upper"))
+        places = [(part, i) for part in parts for i in range(len(part.box.lower))]
+        starts = itertools.accumulate((len(part.box.lower) for part in parts), initial=0)
+        found = {start + i: x for start, part in zip(starts, parts, strict=False) for i, x in part.witnesses.items()}
+        points = [part.points for part in parts if part.points is not None]
+        return Bounds(
+            Box(lower, upper), torch.cat([part.steps for part in parts]), lambda i: places[i][0].proof(places[i][1]),
+            found, torch.cat(points) if len(points) == len(parts) else None, any(part.estimated for part in parts),
+        )  # fmt: skip
+
+    @staticmethod
+    def beside(parts: Sequence[Bounds]) -> Bounds:
+        """Those of the rows of one sample, some at a time."""
+        lower, upper = (torch.cat([getattr(part.box, side) for part in parts], 1) for side in ("lower", "upper"))
+        counts = [part.box.lower.shape[1] for part in parts]
+        points = [part.points for part in parts if part.points is not None]
+        witnesses = {i: x for part in parts for i, x in part.witnesses.items()}
+        return Bounds(
+            Box(lower, upper), torch.stack([part.steps for part in parts]).amax(0),
+            lambda i: Proof.beside([part.proof(i) for part in parts], counts), witnesses,
+            torch.cat(points, 1) if len(points) == len(parts) else None, any(part.estimated for part in parts),
+        )  # fmt: skip
 
 
 def _sides(box: Box) -> tuple[Tensor, Tensor]:

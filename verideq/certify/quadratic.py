@@ -16,7 +16,6 @@ jointly convex. What comes out is a suggestion: the bound is what the independen
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from verideq.box import Box
 from verideq.certify.backward import PULLS
 from verideq.certify.certificate import Proof, Step, record
 from verideq.certify.enclosure import settled
+from verideq.certify.footprint import Footprint
 from verideq.certify.method import Bounds, Prepared, Query, states_of, strength
 from verideq.clock import OutOfTime
 from verideq.errors import NoGaugeError
@@ -41,7 +41,7 @@ RATE = 0.1
 STALL = 20
 """Steps without a better bound after which a row goes back to its best point, at half the rate."""
 ELEMENTS = 2**24
-"""Coefficients of inputs that are held at a time: what bounds the memory."""
+"""Coefficients of inputs that are worked on at a time, if memory allows."""
 CONVEX = 5e-5
 """How positive `Q` is kept, relative to ``m`` of the solved layer."""
 
@@ -387,20 +387,7 @@ def quadratic(prepared: Prepared, query: Query) -> Bounds:
     Raises:
         NoGaugeError: a network that is not one monotone equilibrium between affine maps, or a deployed tolerance.
     """
-    return joined([root.bounds() for root in roots(prepared, query)])
-
-
-def joined(parts: list[Bounds]) -> Bounds:
-    """The bounds of samples one part after another."""
-    lower, upper = (torch.cat([getattr(part.box, side) for part in parts]) for side in ("lower", "upper"))
-    places = [(part, i) for part in parts for i in range(len(part.box.lower))]
-    starts = itertools.accumulate((len(part.box.lower) for part in parts), initial=0)
-    witnesses = {start + i: x for start, part in zip(starts, parts, strict=False) for i, x in part.witnesses.items()}
-    points = torch.cat([part.points for part in parts if part.points is not None])
-    return Bounds(
-        Box(lower, upper), torch.cat([part.steps for part in parts]), lambda i: places[i][0].proof(places[i][1]),
-        witnesses, points, parts[0].estimated,
-    )  # fmt: skip
+    return Bounds.joined([root.bounds() for root in roots(prepared, query)])
 
 
 @dataclass(frozen=True)
@@ -470,7 +457,9 @@ def roots(prepared: Prepared, query: Query) -> Iterator[Root]:
     if query.region is not None and query.region.norm == "l2" and query.region.weights is not None:
         raise NoGaugeError("the quadratic bound takes l2 balls without weights", math.nan)
     form = form_of(prepared, query.box.lower)
-    size = max(1, ELEMENTS // (form.U.numel() * (query.C.shape[1] if query.C is not None else len(form.C))))
+    rows = query.C.shape[1] if query.C is not None else len(form.C)
+    fitting = Footprint.of(prepared, query.box.lower, 2 * rows if query.upper else rows).samples_at_once("quadratic")
+    size = max(1, min(ELEMENTS // (form.U.numel() * rows), fitting))
     began = False
     for _, own in query.parts(torch.arange(len(query)), size):
         began = True

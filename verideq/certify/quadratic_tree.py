@@ -22,6 +22,7 @@ from torch import Tensor
 
 from verideq.box import Box
 from verideq.certify.certificate import Proof, Split, Tree
+from verideq.certify.footprint import NUMBER
 from verideq.certify.method import Bounds, Prepared, Query, states_of
 from verideq.certify.quadratic import (
     Point,
@@ -31,13 +32,13 @@ from verideq.certify.quadratic import (
     checked_rows,
     evaluate,
     inputs,
-    joined,
     quadratic,
     quadratic_steps,
     roots,
     spare,
 )  # fmt: skip
 from verideq.clock import OutOfTime, until
+from verideq.memory import fitting
 
 LEAF_STEPS = 60
 """Of Adam, for a half that starts from its parent's multipliers."""
@@ -129,7 +130,17 @@ class Search:
         joined = Point(
             *(torch.cat(ts) for ts in zip(*(leaf.point.tensors() for leaf in taken for _ in range(2)), strict=True))
         )
-        return leaves(problem, *ascend(problem, joined, LEAF_STEPS, 0.0, self.until), rows.tolist())
+        found = []
+        for some in torch.split(torch.arange(len(rows)), rows_at_once(problem)):
+            own = problem.select(some)
+            found += leaves(own, *ascend(own, joined.select(some), LEAF_STEPS, 0.0, self.until), rows[some].tolist())
+        return found
+
+
+def rows_at_once(problem: Problem) -> int:
+    """How many leaves fit at a time."""
+    units, count = problem.U.shape[1:]
+    return fitting(NUMBER * (10 * units**2 + 4 * units * count), problem.U.device, "a leaf of the quadratic bound")
 
 
 def leaves(problem: Problem, values: Tensor, points: Point, rows: list[int]) -> list[Leaf]:
@@ -164,7 +175,7 @@ def quadratic_branching(prepared: Prepared, query: Query) -> Bounds:
             elif decided is not None:
                 found = replace(found, witnesses={**found.witnesses, int(i): decided})
         parts.append(found)
-    return joined(parts)
+    return Bounds.joined(parts)
 
 
 def _one(root: Root, deadline: float) -> Bounds | Tensor | None:
@@ -191,10 +202,14 @@ def _one(root: Root, deadline: float) -> Bounds | Tensor | None:
         below=torch.stack([leaf.below for leaf in ends]),
     )  # fmt: skip
     joined = Point(*(torch.cat(ts) for ts in zip(*(leaf.point.tensors() for leaf in ends), strict=True)))
-    steps, seen = quadratic_steps(whole, joined, reach, 1)
+    steps, values = [], []
+    for some in torch.split(torch.arange(len(rows)), rows_at_once(whole)):
+        own, seen = quadratic_steps(whole.select(some), joined.select(some), reach, 1)
+        steps += own
+        values.append(seen.value)
     proof = Proof(states=states_of(root.state, 0), cases=tuple((step,) for step in steps), trees=trees)
     if query.unproved:
-        least = torch.full_like(rhs, math.inf).scatter_reduce(0, rows.to(rhs.device), seen.value, "amin")
+        least = torch.full_like(rhs, math.inf).scatter_reduce(0, rows.to(rhs.device), torch.cat(values), "amin")
         lower = least[None] + root.goal - spare(root.goal) / 2
     else:
         lower = checked_rows(prepared, query, query.C, [proof])

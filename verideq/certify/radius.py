@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from verideq.attacks import attack_named
 from verideq.certify.bound import run_method
 from verideq.certify.budget import Budget
+from verideq.certify.footprint import Footprint
 from verideq.certify.method import Prepared
 from verideq.certify.proposal import margins_of, written
 from verideq.certify.summary import REJECTED
@@ -32,7 +33,7 @@ from verideq.certify.verdict import Verdict
 from verideq.certify.witness import Found, examined, followed, inconsistency, target
 from verideq.checker import STOPPED
 from verideq.clock import Accounts
-from verideq.errors import InconsistencyError, NoGaugeError
+from verideq.errors import InconsistencyError, NoGaugeError, NotEnoughMemory
 from verideq.region import round_up
 from verideq.status import Status
 
@@ -128,6 +129,7 @@ class _Search:
     ) -> None:
         self.prepared, self.task, self.budget, self.original = prepared, task, budget, original
         self.samples = len(task)
+        self.shape = Footprint.of(prepared, task.region.center, task.rhs.shape[1])
         self.accounts = Accounts(self.samples, budget.timeout)
         self.first = list(decided[0])
         self.low: list[Fraction | None] = [None] * self.samples
@@ -135,6 +137,7 @@ class _Search:
         self.certificate: list[bytes | None] = [None] * self.samples
         self.witness: list[Tensor | None] = [None] * self.samples
         self.reason = [""] * self.samples
+        self.note = [""] * self.samples
         largest = max((line[0].eps for line in decided), default=Fraction(0)) or Fraction(1)
         self.end = list(task.region.covering() or [MOST * largest] * self.samples)
         self.given = list(self.end)
@@ -181,10 +184,14 @@ class _Search:
     def _reach(self, i: int) -> Reach:
         witness = self.witness[i]
         array = None if witness is None else witness.cpu().numpy()
-        return Reach(self.low[i], self.high[i], self.certificate[i], array, self.reason[i])
+        return Reach(self.low[i], self.high[i], self.certificate[i], array, self.reason[i] or self.note[i])
 
     def _look(
-        self, places: Sequence[int], brackets: list[Bracket], held: Callable[[list[int], Task, float], list[bool]]
+        self,
+        places: Sequence[int],
+        brackets: list[Bracket],
+        held: Callable[[list[int], Task, float], list[bool]],
+        at_once: int,
     ) -> None:
         """Narrow brackets, those of all samples at once.
 
@@ -193,18 +200,24 @@ class _Search:
             brackets: of every sample of the batch.
             held: whether some samples have the property, at the radii of a part; it may lower tops as well. It is told
                 its deadline.
+            at_once: samples that fit into memory.
         """
         while True:
             active = [i for i in places if not self.accounts.late(i, RESERVE) and brackets[i].wide]
             if not active:
                 return
-            radii = [brackets[i].next() for i in active]
-            whole = self.task[torch.tensor(active)]
-            part = replace(whole, region=whole.region.with_eps(radii))
-            with self.accounts.charged(active, SHARE) as deadline:
-                found = held(active, part, deadline)
-            for i, radius, good in zip(active, radii, found, strict=True):
-                brackets[i].seen(radius, good)
+            for start in range(0, len(active), at_once):
+                some = active[start : start + at_once]
+                radii = [brackets[i].next() for i in some]
+                with self.accounts.charged(some, SHARE) as deadline:
+                    found = held(some, self._part(some, radii), deadline)
+                for i, radius, good in zip(some, radii, found, strict=True):
+                    brackets[i].seen(radius, good)
+
+    def _part(self, places: Sequence[int], radii: Sequence[Fraction]) -> Task:
+        """Some samples, at these radii."""
+        whole = self.task[torch.tensor(places)]
+        return replace(whole, region=whole.region.with_eps(radii))
 
     def _certify(self, method: str, *, only_centre: bool = False) -> None:
         """Raise the certified radii by one method, at most to where an attack succeeds; or try the centres alone."""
@@ -239,12 +252,15 @@ class _Search:
             if only_centre:
                 places = [i for i in places if self.low[i] is None and not self.accounts.late(i, RESERVE)]
                 if places:
-                    whole = self.task[torch.tensor(places)]
                     with self.accounts.charged(places, SHARE) as deadline:
-                        held(places, replace(whole, region=whole.region.with_eps(0)), deadline)
+                        held(places, self._part(places, [Fraction(0)] * len(places)), deadline)
             else:
-                self._look(places, brackets, held)
+                self._look(places, brackets, held, self.shape.samples_at_once(method))
         except NoGaugeError:
+            return
+        except NotEnoughMemory as error:
+            for i in places:
+                self.note[i] = f"its radius by {method}: {error}"
             return
         self._check(proposed)
 
@@ -257,7 +273,7 @@ class _Search:
                     stop = functools.partial(_past, deadline)
                     ((accepted, why, _),) = self.prepared.checker.decide([proof], stop)
             if accepted:
-                self.low[i], self.certificate[i] = radius, proof
+                self.low[i], self.certificate[i] = radius, None if proof is None else self.budget.kept(proof)
             elif not estimated and why != STOPPED:
                 # No better bound behind it may hide that: what was accepted before is what stands.
                 self.reason[i] = (
@@ -285,14 +301,14 @@ class _Search:
             return [not broken for broken in self._judge(active, brackets, found)]
 
         if not only_certified:
-            self._look(self.live, brackets, held)
+            self._look(self.live, brackets, held, self.shape.attacks_at_once())
             return
-        certified = {i: low for i, low in enumerate(self.low) if low is not None and not self.accounts.late(i, RESERVE)}
-        if certified:
-            places = list(certified)
-            whole = self.task[torch.tensor(places)]
-            with self.accounts.charged(places, SHARE) as deadline:
-                held(places, replace(whole, region=whole.region.with_eps(list(certified.values()))), deadline)
+        certified = [(i, low) for i, low in enumerate(self.low) if low is not None]
+        for start in range(0, len(certified), self.shape.attacks_at_once()):
+            some = [i for i, _ in certified[start : start + self.shape.attacks_at_once()]]
+            if not all(self.accounts.late(i, RESERVE) for i in some):
+                with self.accounts.charged(some, SHARE) as deadline:
+                    held(some, self._part(some, [low for i, low in certified if i in some]), deadline)
 
     def _judge(self, active: Sequence[int], brackets: list[Bracket], found: Found) -> list[bool]:
         """Lower the attacked radii, and tops, by what an attack has found; returns which samples it broke."""

@@ -309,13 +309,13 @@ class Run:
         images, labels, indices = q.images[rows], q.labels[rows], q.indices[rows]
         C, rhs = specification(prepared, images, labels, None, None)
         task = Task(Region(images, 0, q.norm, q.clip, weights=q.weights), labels, C, rhs, torch.tensor(indices), True)
+        budget = replace(self.budget, keep=self.certificates)
         try:
             decided = [
-                decide(prepared, replace(task, region=task.region.with_eps(eps)), self.budget, self.model)
-                for eps in q.eps
+                decide(prepared, replace(task, region=task.region.with_eps(eps)), budget, self.model) for eps in q.eps
             ]
-            if self.budget.radius:  # of a sample, whatever the eps: what is known of all of them is where to begin
-                found = reaches(prepared, task, self.budget, self.model, decided)
+            if budget.radius:  # of a sample, whatever the eps: what is known of all of them is where to begin
+                found = reaches(prepared, task, budget, self.model, decided)
                 decided = [[reach.told(v) for reach, v in zip(found, line, strict=True)] for line in decided]
         except InconsistencyError as error:
             self._save_evidence(error)

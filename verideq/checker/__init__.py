@@ -202,7 +202,7 @@ class Checker:
 
 def _together(case: Case) -> int:
     """How many cases of this form are worked out together."""
-    rows = 9 if case.rows is None else len(case.rows)
+    rows = max([9 if case.rows is None else len(case.rows), *(len(s.units) for s in case.steps if s.units is not None)])
     sizes: list[int] = [case.claim.center[0].size, *(lower.size for lower, _ in case.claim.boxes.values())]
     return max(1, min(SIZE, NUMBERS // (max(1, rows) * max(1, *sizes))))
 
