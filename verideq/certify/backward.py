@@ -389,7 +389,7 @@ def allowed(known: Relaxed, g: Tensor) -> Tensor:
     return torch.clamp(g, min=known.floor[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def crown(slopes: str, tol: float = 1e-4, max_steps: int = 60) -> Rule:
+def crown(slopes: str, tol: float = 1e-5, max_steps: int = 60) -> Rule:
     """The multipliers of CROWN: ``g = D(q) q``, for an equilibrium the fixed point with ``q + Wᵀ g`` for ``q``.
 
     Args:
