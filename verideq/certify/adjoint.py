@@ -167,8 +167,9 @@ def scene_of(prepared: Prepared, query: Query, steps: list[list[Step]] | None = 
             layer, z = prepared.layer(node.name), arithmetic.boxes.get(node.name, known[node.name])
             pre, drift = pre_activations(layer, v[0], z), arithmetic.drifts.get(node.name)
             relaxed[node.name] = Relaxed(node, pre, z, layer.operator(), drift).with_pre(pre)
-        if steps is not None and node.name in relaxed:
-            refine(scene, node.name, steps, at_once)
+        if node.name in relaxed:
+            if steps is not None:
+                refine(scene, node.name, steps, at_once)
             known[node.name] = relaxed[node.name].computed
     return scene, arithmetic
 

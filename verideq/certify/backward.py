@@ -204,7 +204,12 @@ class Relaxed:
         return torch.where(self.pre.upper <= 0, 0.0, -torch.inf)
 
     def with_pre(self, pre: Box) -> Relaxed:
-        """The same with other pre-activations, and what they say of ``z``."""
+        """The same with other pre-activations, what they say of ``z``, and what ``z`` says of them.
+
+        ``P <= z``, and ``P = z`` where ``z > 0``.
+        """
+        lower = torch.where(self.z.lower > 0, torch.maximum(pre.lower, self.z.lower), pre.lower)
+        pre = Box(lower, torch.minimum(pre.upper, self.z.upper))
         z = self.z.intersect(Box(pre.lower.clamp(min=0), pre.upper.clamp(min=0)))
         return Relaxed(self.node, pre, z, self.operator, self.drift)
 

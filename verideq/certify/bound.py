@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from verideq.box import Box, flushed, gamma, outward, peak, underflow
 from verideq.certify.adjoint import adjoint, adjoint_refined
 from verideq.certify.ascent import adjoint_ascent
-from verideq.certify.branching import branch_and_bound
 from verideq.certify.certificate import Proof
+from verideq.certify.exact import branched, exact
 from verideq.certify.footprint import Footprint
 from verideq.certify.interval import Arithmetic, propagate
 from verideq.certify.method import TOLERANCE, Bounds, Method, Prepared, Query, boxes_of, prepare, states_of
 from verideq.certify.quadratic import quadratic
-from verideq.certify.quadratic_tree import quadratic_branching
 from verideq.clock import OutOfTime, until
 from verideq.equilibrium import Auto
 from verideq.errors import InputError, RegionError, UnknownName
@@ -194,17 +193,14 @@ def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) 
     return outward(times(rows, center) + shift, moved + lost)
 
 
-def _branching(prepared: Prepared, query: Query) -> Bounds:
-    return (quadratic_branching if prepared.monotone else branch_and_bound)(prepared, query)
-
-
 METHODS: dict[str, Method] = {
     "interval": interval,
     "adjoint": adjoint,
     "adjoint-refined": adjoint_refined,
     "adjoint-ascent": adjoint_ascent,
     "quadratic": quadratic,
-    "branch-and-bound": _branching,
+    "branch-and-bound": branched,
+    "exact": exact,
 }
 """Every bound method by name."""
 

@@ -2,8 +2,9 @@
 
 Where a unit's pre-activation has one sign its relaxation is exact, so that the parts are smaller *and* easier. A part
 inherits the multipliers of the part that it was cut from, and ascent (`verideq.certify.ascent`) goes on from there. A
-part in which no unit is unstable is a linear program, which ascent solves only nearly: what is left open there is cut
-along an input, where there are few of them. Each (sample, row) has a tree of its own, grown where its bound is least; a
+part in which no unit is unstable is a linear program, which ascent solves only nearly: what it leaves open is solved
+(`verideq.certify.leaf`), so that the search is complete for ReLUs and equilibria. Where there are few inputs they are
+cut for what is no unit: maxima. Each (sample, row) has a tree of its own, grown where its bound is least; a
 round takes the same number of parts from every tree, whatever the others do, and bounds all of them as one batch. The
 worst point of every part is tried on the model: the search ends with a proof or, as often, with a counterexample.
 """
@@ -27,6 +28,7 @@ from verideq.certify.ascent import SPARE, Climb, Multipliers, Trial, ascended, c
 from verideq.certify.backward import Scene, given
 from verideq.certify.certificate import Proof, Split, Step, Then, Tree
 from verideq.certify.footprint import Footprint
+from verideq.certify.leaf import Leaves
 from verideq.certify.method import Bounds, Prepared, Query
 from verideq.clock import Accounts, OutOfTime
 from verideq.graph import INPUT
@@ -54,8 +56,6 @@ CLIMB = Climb(steps=15, rate=0.03, smooth=0.02)
 
 Cut = tuple[str, int, float]
 """Node (or the input), unit, threshold."""
-TRIES = 4
-"""Full climbs, one after another, in a part where nothing is left to cut."""
 
 
 @dataclass
@@ -159,7 +159,7 @@ class Branching:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.C, self.trial = stage, rows_of(stage.query, stage.scene), Trial(stage.prepared)
-        self.witnesses = dict(stage.witnesses)
+        self.witnesses, self.leaves = dict(stage.witnesses), Leaves(stage.scene)
         self.features = stage.query.box.lower[0].numel()
         query, best = stage.query, stage.best
         free = query.upper or query.rhs is None
@@ -214,7 +214,9 @@ class Branching:
         )
         scene, C = self.scene(i, [part for _, part in parts]), self.C[i, k]
         goal = torch.tensor([search.goal for search, _ in parts], dtype=C.dtype, device=device)
-        found = {name: torch.stack([part.multipliers[name] for _, part in parts]).to(C) for name in scene.relaxed}
+        # A node behind which rows end, at a maximum, has none.
+        names = [name for name in scene.relaxed if all(name in part.multipliers for _, part in parts)]
+        found = {name: torch.stack([part.multipliers[name] for _, part in parts]).to(C) for name in names}
         begun, found = found, climbed(scene, C, found, goal, climb, deadline)
         lower, found = proved(scene, C, found)
         # Where a part is empty the dual has no end, and where it went to is why. Over the box, because a ball that the
@@ -226,20 +228,22 @@ class Branching:
         lower = torch.where(empty, torch.inf, lower)
         found = {name: torch.where(empty.view(-1, *[1] * (g.dim() - 1)), why[name], g) for name, g in found.items()}
         cuts = self.cuts(scene, C, found)
-        # With nothing left to cut it is a linear program, and steps are all that helps.
-        for _ in range(TRIES if climb.steps else 0):
-            hard = [n for n, cut in enumerate(cuts) if cut is None and not lower[n] > parts[n][0].goal]
-            if not hard or time.monotonic() > deadline:
-                break
-            some = torch.tensor(hard, device=device)
-            own = scene.select(some)
-            again = climbed(own, C[some], {name: g[some] for name, g in found.items()}, goal[some], Climb(), deadline)
-            least, again = proved(own, C[some], again)
-            better = least > lower[some]
-            lower[some[better]] = least[better]
-            for name, g in again.items():
-                found[name][some[better]] = g[better]
         points, values = self.trial.worst(scene, C, {name: given(g) for name, g in found.items()})
+        ended = ~torch.stack([known.unstable.flatten(1).any(1) for known in scene.relaxed.values()] or [empty]).any(0)
+        for place in (ended & ~empty & ~(lower > goal)).nonzero().flatten().tolist() if self.leaves.decide else []:
+            search = parts[place][0]
+            self.tried(search, points[place], float(values[place]))
+            enough = search.goal if search.goal < math.inf else search.attained
+            solved = self.leaves.solve(scene, place, C[place], enough + search.spare, deadline)
+            if solved.bound > lower[place]:
+                lower[place] = solved.bound
+                for name, g in solved.multipliers.items():
+                    found[name][place] = g[0]
+            if solved.point is not None:
+                cuts[place] = None  # it is as good as it gets
+                point = solved.point[None].to(points)
+                own = point if scene.region is None else scene.region[place : place + 1].project(point)
+                self.tried(search, own[0], float(self.trial.values(own, C[place : place + 1])))
         for place, (search, part) in enumerate(parts):
             part.multipliers = {name: g[place].float() for name, g in found.items()}
             part.bound, part.cut = float(lower[place]), cuts[place] if len(part.cuts) < DEPTH else None

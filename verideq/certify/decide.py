@@ -148,6 +148,7 @@ class _Draft:
 
     def __init__(self, task: Task, budget: Budget, method: str) -> None:
         self.task, self.accounts = task, Accounts(len(task), budget.timeout)
+        self.notes: dict[int, str] = {}
         blank = Verdict(Status.UNKNOWN, None, task.region.radii[0], task.region.norm, method, False, "", 0.0)
         self.verdicts = [
             replace(blank, eps=eps, label=None if task.labels is None else int(task.labels[i]))
@@ -169,10 +170,10 @@ class _Draft:
 
     def expire(self, places: Sequence[int], share: float = 1.0) -> None:
         """What is open, or was proved just now, if this share of the time is over."""
-        reason = "the time limit was reached; raise --timeout"
         for i in places:
             status, refused = self.verdicts[i].status, REJECTED in self.verdicts[i].reason
             if self.accounts.late(i, share) and not refused and status in (Status.UNKNOWN, Status.CERTIFIED):
+                reason = "the time limit was reached; raise --timeout" + self.notes.get(i, "")
                 self.set(i, status=Status.TIMEOUT, reason=reason, checked=False, certificate=None)
 
     def finish(self) -> list[Verdict]:
@@ -272,6 +273,7 @@ def _prove(
             draft.set(i, reason="; ".join(filter(None, (draft.verdicts[i].reason, str(error)))))
         return
     lower = margins_of(bounds, part)
+    draft.notes |= {right[k]: f"; {note}" for k, note in bounds.notes.items()}
     for i, margin, steps in zip(right, lower, bounds.steps.tolist(), strict=True):
         before = draft.verdicts[i]
         if before.margin is not None and not margin > before.margin:
@@ -283,7 +285,9 @@ def _prove(
             draft.set(i, status=Status.CERTIFIED, reason="")
         else:
             draft.set(
-                i, reason=f"the {method} bound is not tight enough; try a smaller eps, or train with certified training"
+                i,
+                reason=f"the {method} bound is not tight enough; try a smaller eps, or train with certified training"
+                + draft.notes.get(i, ""),
             )
     proposed = [k for k, margin in enumerate(lower) if 0 < margin < math.inf]
     if budget.check and proposed:
@@ -346,11 +350,10 @@ def _follow(
 ) -> None:
     """Attack what a bound leaves open from where it would be attained, and judge what it broke on its way."""
     attack = attack_named(budget.attack)
-    if attack is None:
-        return
     undecided = Status.UNKNOWN, Status.TIMEOUT
     broken = [k for k in bounds.witnesses if draft.verdicts[right[k]].status in undecided]
-    left = [k for k, i in enumerate(right) if k in broken or (bounds.points is not None and draft.open([i]))]
+    followed_up = attack is not None and bounds.points is not None
+    left = [k for k, i in enumerate(right) if k in broken or (followed_up and draft.open([i]))]
     if left:
         chosen = [right[k] for k in left]
         with draft.accounts.charged(chosen, ATTACK) as deadline:
@@ -358,6 +361,8 @@ def _follow(
                 prepared, part, original, attack, bounds, left, lambda: time.monotonic() > deadline
             )  # fmt: skip
             _judge(part[torch.tensor(left)], draft, chosen, found)
+        for i in chosen if attack is None else []:  # there was none, whatever the bound met on its way
+            draft.set(i, attacked=None)
 
 
 def _judge(part: Task, draft: _Draft, right: list[int], found: Found) -> None:

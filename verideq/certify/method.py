@@ -131,6 +131,7 @@ class Bounds:
         points: (batch, rows, *features) where the bound of a row would be attained: where an attack may start;
             ``None`` if the method does not say.
         estimated: the box was measured, see `Query.unproved`: what holds is what the checker makes of the proof.
+        notes: by place in the batch, what else a user should know of a sample that is left open.
     """
 
     box: Box
@@ -139,6 +140,7 @@ class Bounds:
     witnesses: Mapping[int, Tensor] = field(default_factory=dict)
     points: Tensor | None = None
     estimated: bool = False
+    notes: Mapping[int, str] = field(default_factory=dict)
 
     def replaced(self, part: Tensor, other: Bounds) -> Bounds:
         """These with others for the samples `part`."""
@@ -154,7 +156,10 @@ class Bounds:
         points = self.points
         if points is not None and other.points is not None:
             points = points.index_copy(0, part, other.points)
-        return Bounds(Box(*sides), steps, proof, {**kept, **found}, points, self.estimated or other.estimated)
+        notes = {i: note for i, note in self.notes.items() if i not in places}
+        notes |= {int(part[own]): note for own, note in other.notes.items()}
+        estimated = self.estimated or other.estimated
+        return Bounds(Box(*sides), steps, proof, {**kept, **found}, points, estimated, notes)
 
     @staticmethod
     def joined(parts: Sequence[Bounds]) -> Bounds:

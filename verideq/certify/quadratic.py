@@ -527,17 +527,28 @@ def pose(prepared: Prepared, query: Query, form: Form, C: Tensor) -> tuple[Probl
     return problem, reach, {} if form.name in prepared.gauges else {form.name: state}
 
 
+def _stored(problem: Problem, point: Point, reach: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``λ``, ``ν``, ``τ`` and ``s`` of the layer itself, in float32."""
+    divisor, square = problem.form.divisor, reach[problem.sample].square()
+    s = (point.log_s.exp() / square).clamp(1e-30, 1e30).float()
+    return (point.lam / divisor).float(), point.nu.float(), (point.tau / divisor).float(), s
+
+
+def rounded(problem: Problem, point: Point, reach: Tensor) -> Point:
+    """The point that multipliers in float32 stand for."""
+    divisor, square = problem.form.divisor, reach[problem.sample].square()
+    lam, nu, tau, s = (t.to(divisor) for t in _stored(problem, point, reach))
+    return Point(lam * divisor, nu, tau * divisor, (s * square).log())
+
+
 def quadratic_steps(problem: Problem, point: Point, reach: Tensor, rows: int) -> tuple[list[Step], Value]:
     """Multipliers as a certificate holds them, a step a sample: of the layer itself, rounded to float32.
 
     Returns:
         these, and what the dual is with them.
     """
-    divisor, square = problem.form.divisor, reach[problem.sample].square()
-    lam, tau = ((t / divisor).float() for t in (point.lam, point.tau))
-    nu, s = point.nu.float(), (point.log_s.exp() / square).clamp(1e-30, 1e30).float()
-    rounded = Point(lam.to(divisor) * divisor, nu.to(divisor), tau.to(divisor) * divisor, (s * square).log())
-    seen = evaluate(problem, rounded)
+    lam, nu, tau, s = _stored(problem, point, reach)
+    seen = evaluate(problem, rounded(problem, point, reach))
     z = seen.z.nan_to_num(posinf=0.0, neginf=0.0)
     eta = 0.5 * torch.linalg.eigvalsh(seen.Q)[:, :1]
     arrays = {"lambda": lam, "nu": nu, "tau": tau, "s": s, "z": z, "eta": eta[:, 0]}

@@ -3,7 +3,7 @@
 Where ``p_i >= 0`` the multiplier ``λ_i`` may have any sign, because ``z_i = p_i``; where ``p_i <= 0`` the unit is zero
 and leaves the quadratic. Each half is bounded from the multipliers of its parent, halves of many rows at once. The unit
 that is split is the one whose complementarity the minimiser of the dual violates most: the largest ``min(z_i, z_i -
-p_i)``.
+p_i)``. A leaf in which no unit is left is a linear program (`verideq.certify.leaf`), so that the search is complete.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from verideq.box import Box
-from verideq.certify.certificate import Proof, Split, Tree
+from verideq.certify.adjoint import scene_of
+from verideq.certify.ascent import Multipliers
+from verideq.certify.backward import Scene
+from verideq.certify.certificate import Proof, Split, Step, Tree
 from verideq.certify.footprint import NUMBER
+from verideq.certify.leaf import Leaves
 from verideq.certify.method import Bounds, Prepared, Query, states_of
 from verideq.certify.quadratic import (
     Point,
@@ -35,6 +40,7 @@ from verideq.certify.quadratic import (
     quadratic,
     quadratic_steps,
     roots,
+    rounded,
     spare,
 )  # fmt: skip
 from verideq.clock import OutOfTime, until
@@ -50,7 +56,10 @@ BATCH = 32
 
 @dataclass
 class Leaf:
-    """A part of the ball and one row: its splits, the best multipliers and where the dual has its minimum."""
+    """A part of the ball and one row: its splits, the best multipliers and where the dual has its minimum.
+
+    `linear` are multipliers of the linear dual, where no unit was left to be split.
+    """
 
     row: int
     above: Tensor
@@ -61,11 +70,12 @@ class Leaf:
     p: Tensor
     x: Tensor
     children: tuple[int, Leaf, Leaf] | None = None
+    linear: Multipliers | None = None
 
-    def worst(self) -> int:
-        """The unit that is farthest from being decided, or -1 if all are."""
+    def worst(self, stable: Tensor) -> int:
+        """The unit that is farthest from being decided, or -1 if all are, or are `stable`."""
         score = torch.minimum(self.z.abs(), (self.z - self.p).abs())
-        score = torch.where(self.above | self.below, -1.0, score)
+        score = torch.where(self.above | self.below | stable, -1.0, score)
         unit = int(score.argmax())
         return unit if float(score[unit]) >= 0 else -1
 
@@ -76,17 +86,24 @@ class Search:
 
     Args:
         problem: its rows, thresholds taken off.
+        reach: how far its inputs may move, see `pose`.
+        stable: (units,) whose sign a box shows already: a checker refuses the half that is empty by its own box.
         until: `time.monotonic` at which to give up.
         nodes: how many halves may be bounded.
         look: inputs (leaves, inputs) in units of their reach, and rows, to a point that breaks one, if any does.
+        solve: a leaf in which every unit is split, as a linear program: its multipliers, or a point that breaks the
+            row, or neither.
 
     Afterwards `witness` is such a point, if one was met.
     """
 
     problem: Problem
+    reach: Tensor
+    stable: Tensor
     until: float
     nodes: int
     look: Callable[[Tensor, Tensor], Tensor | None]
+    solve: Callable[[Leaf], Multipliers | Tensor | None]
     witness: Tensor | None = None
     open: list[tuple[float, int, Leaf]] = field(default_factory=list)
     count: Iterator[int] = field(default_factory=itertools.count)
@@ -101,9 +118,19 @@ class Search:
             taken = [heapq.heappop(self.open)[2] for _ in range(min(BATCH, len(self.open)))]
             rows = torch.tensor([leaf.row for leaf in taken])
             self.witness = self.look(torch.stack([leaf.x for leaf in taken]), rows)
-            units = [leaf.worst() for leaf in taken]
-            if self.witness is not None or min(units) < 0:
+            if self.witness is not None:
                 return False
+            ended = [leaf for leaf in taken if leaf.worst(self.stable) < 0]
+            for leaf in ended:
+                solved = self.solve(leaf)
+                if not isinstance(solved, dict):
+                    self.witness = solved
+                    return False
+                leaf.linear = solved
+            taken = [leaf for leaf in taken if leaf.linear is None]
+            if not taken:
+                continue
+            units = [leaf.worst(self.stable) for leaf in taken]
             halves = self._bounded(taken, units)
             for k, (leaf, unit) in enumerate(zip(taken, units, strict=True)):
                 below, above = halves[2 * k], halves[2 * k + 1]
@@ -133,7 +160,8 @@ class Search:
         found = []
         for some in torch.split(torch.arange(len(rows)), rows_at_once(problem)):
             own = problem.select(some)
-            found += leaves(own, *ascend(own, joined.select(some), LEAF_STEPS, 0.0, self.until), rows[some].tolist())
+            _, points = ascend(own, joined.select(some), LEAF_STEPS, 0.0, self.until)
+            found += leaves(own, points, self.reach, rows[some].tolist())
         return found
 
 
@@ -143,9 +171,11 @@ def rows_at_once(problem: Problem) -> int:
     return fitting(NUMBER * (10 * units**2 + 4 * units * count), problem.U.device, "a leaf of the quadratic bound")
 
 
-def leaves(problem: Problem, values: Tensor, points: Point, rows: list[int]) -> list[Leaf]:
-    """Rows that were bounded, one by one."""
+def leaves(problem: Problem, points: Point, reach: Tensor, rows: list[int]) -> list[Leaf]:
+    """Rows that were bounded, one by one, by multipliers as a certificate holds them."""
+    points = rounded(problem, points, reach)
     seen = evaluate(problem, points)
+    values = seen.value.nan_to_num(nan=-math.inf)
     return [
         Leaf(
             row, problem.above[k], problem.below[k], points.select(torch.tensor([k])), value,
@@ -184,36 +214,85 @@ def _one(root: Root, deadline: float) -> Bounds | Tensor | None:
     if query.C is None or query.rhs is None:
         return None
     C, rhs = query.C[0], query.rhs[0]
-    starts = leaves(problem, root.values, root.point, list(range(len(root.values))))
+    starts = leaves(problem, root.point, reach, list(range(len(root.values))))
 
     def look(x: Tensor, rows: Tensor) -> Tensor | None:
         points = inputs(problem, x, query, reach)
         broken = (prepared.graph(points) @ C.T).gather(1, rows[:, None].to(C.device))[:, 0] < rhs[rows]
         return points[int(broken.nonzero()[0])] if bool(broken.any()) else None
 
-    search = Search(problem, deadline, NODES if deadline == math.inf else 10**9, look)
+    ends = Ends(prepared, query, problem.form.name, root.goal[0], deadline)
+    stable = ~ends.scene.relaxed[problem.form.name].unstable.flatten()
+    search = Search(problem, reach, stable, deadline, NODES if deadline == math.inf else 10**9, look, ends.solve)
     if not search.run(starts):
         return search.witness
-    ends: list[Leaf] = []
-    trees = tuple(((leaf.row,), _tree(leaf, problem.form.name, ends)) for leaf in starts)
-    rows = torch.tensor([leaf.row for leaf in ends])
+    closed: list[Leaf] = []
+    trees = tuple(((leaf.row,), _tree(leaf, problem.form.name, closed)) for leaf in starts)
+    rows = torch.tensor([leaf.row for leaf in closed])
     whole = replace(
-        problem.select(rows), above=torch.stack([leaf.above for leaf in ends]),
-        below=torch.stack([leaf.below for leaf in ends]),
+        problem.select(rows), above=torch.stack([leaf.above for leaf in closed]),
+        below=torch.stack([leaf.below for leaf in closed]),
     )  # fmt: skip
-    joined = Point(*(torch.cat(ts) for ts in zip(*(leaf.point.tensors() for leaf in ends), strict=True)))
-    steps, values = [], []
+    joined = Point(*(torch.cat(ts) for ts in zip(*(leaf.point.tensors() for leaf in closed), strict=True)))
+    steps: list[Step] = []
     for some in torch.split(torch.arange(len(rows)), rows_at_once(whole)):
-        own, seen = quadratic_steps(whole.select(some), joined.select(some), reach, 1)
-        steps += own
-        values.append(seen.value)
+        steps += quadratic_steps(whole.select(some), joined.select(some), reach, 1)[0]
+    steps = [
+        step if leaf.linear is None else Step(multipliers={name: g.cpu().numpy() for name, g in leaf.linear.items()})
+        for leaf, step in zip(closed, steps, strict=True)
+    ]
     proof = Proof(states=states_of(root.state, 0), cases=tuple((step,) for step in steps), trees=trees)
     if query.unproved:
-        least = torch.full_like(rhs, math.inf).scatter_reduce(0, rows.to(rhs.device), torch.cat(values), "amin")
+        values = rhs.new_tensor([leaf.value for leaf in closed])
+        least = torch.full_like(rhs, math.inf).scatter_reduce(0, rows.to(rhs.device), values, "amin")
         lower = least[None] + root.goal - spare(root.goal) / 2
     else:
         lower = checked_rows(prepared, query, query.C, [proof])
     return Bounds(Box(lower, torch.full_like(lower, math.inf)), torch.zeros(1, dtype=torch.long), lambda i: proof)
+
+
+class Ends:
+    """Leaves of one sample's trees in which every unit is split: linear programs (`verideq.certify.leaf`).
+
+    Args:
+        node: the equilibrium.
+        goal: (rows,) what each row has to exceed, a checker's rounding included.
+        deadline: `time.monotonic` at which to give up.
+    """
+
+    def __init__(self, prepared: Prepared, query: Query, node: str, goal: Tensor, deadline: float) -> None:
+        self.prepared, self.query, self.node, self.goal, self.deadline = prepared, query, node, goal, deadline
+
+    @cached_property
+    def scene(self) -> Scene:
+        """The boxes of everything, in which the linear dual is at home."""
+        return scene_of(self.prepared, self.query)[0]
+
+    @cached_property
+    def leaves(self) -> Leaves:
+        """The network, multiplied out."""
+        return Leaves(self.scene)
+
+    def solve(self, leaf: Leaf) -> Multipliers | Tensor | None:
+        """See `Search`."""
+        if self.query.C is None or self.query.rhs is None or not self.leaves.decide:
+            return None
+        row, goal = self.query.C[0, leaf.row], float(self.goal[leaf.row])
+        known = self.scene.relaxed[self.node]
+        low, high = known.pre.lower, known.pre.upper
+        below, above = leaf.below.view_as(low), leaf.above.view_as(low)
+        pre = Box(torch.where(above, low.clamp(min=0), low), torch.where(below, high.clamp(max=0), high))
+        scene = replace(self.scene, relaxed={self.node: known.with_pre(pre)})
+        solved = self.leaves.solve(scene, 0, row, goal, self.deadline)
+        if solved.bound > goal:
+            leaf.value = solved.bound - goal
+            return {name: g[0].float() for name, g in solved.multipliers.items()}
+        if solved.point is None:
+            return None
+        point = solved.point[None].to(low)
+        point = point if self.query.region is None else self.query.region.project(point)
+        broken = float((self.prepared.graph(point)[0] * row).sum()) < float(self.query.rhs[0, leaf.row])
+        return point[0] if broken else None
 
 
 def _tree(leaf: Leaf, node: str, ends: list[Leaf]) -> Tree:

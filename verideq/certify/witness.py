@@ -73,7 +73,7 @@ def followed(
     prepared: Prepared,
     part: Task,
     original: nn.Module | None,
-    attack: PGD,
+    attack: PGD | None,
     bounds: Bounds,
     places: list[int],
     stop: Callable[[], bool],
@@ -82,6 +82,7 @@ def followed(
 
     Args:
         part: the batch.
+        attack: ``None``: only what the bound has broken is examined.
         bounds: of it.
         places: of the samples.
         stop: as for the attack.
@@ -93,7 +94,7 @@ def followed(
             points[place], margins[place] = bounds.witnesses[k].to(points), -1.0
     points = own.region.project(points)
     rest = (margins == torch.inf).nonzero().flatten()
-    if bounds.points is not None and len(rest):
+    if attack is not None and bounds.points is not None and len(rest):
         rows, last = torch.tensor(places)[rest.cpu()], own[rest]
         wanted = bounds.box.lower[rows] <= last.rhs
         found = attack.follow(

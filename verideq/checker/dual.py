@@ -68,14 +68,18 @@ class Relaxation:
 def relax(
     calc: Arithmetic, pre: Interval, z: Interval, divisor: Interval, layer: Layer | None, drift: Array | None
 ) -> Relaxation:
-    """The relaxation over a box of pre-activations, its slope rounded up once."""
-    lo, hi = pre
+    """The relaxation over a box of pre-activations, its slope rounded up once.
+
+    As ``z = relu(P)``, ``P`` is never above ``z``, and equal to it where ``z > 0``.
+    """
+    lo: Array = np.where(z[0] > 0, np.maximum(pre[0], z[0]), pre[0])
+    hi: Array = np.minimum(pre[1], z[1])
     unstable = (lo < 0) & (hi > 0)
     one = constant(calc, calc.one, *lo.shape)[0]
     width = np.where(unstable, calc.subtract((hi, hi), (lo, lo))[0], one)
     slope = calc.divide((np.where(unstable, hi, one),) * 2, (width, width))[1]
     inside = np.maximum(z[0], np.maximum(lo, calc.zero)), np.minimum(z[1], np.maximum(hi, calc.zero))
-    return Relaxation(pre, inside, np.where(unstable, slope, one), divisor, layer, drift)
+    return Relaxation((lo, hi), inside, np.where(unstable, slope, one), divisor, layer, drift)
 
 
 @dataclass(frozen=True)
