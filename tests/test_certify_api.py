@@ -330,9 +330,10 @@ def test_l2(model: Graph, images: Tensor, labels: Tensor) -> None:
         assert verdict.witness.min() >= 0 and verdict.witness.max() <= 1
         with torch.no_grad():
             assert int(model(torch.from_numpy(verdict.witness)[None].float()).argmax()) != int(y)
-    # Intervals see the box around the ball.
+    # Whatever holds on the box around the ball holds on the ball, and more does.
     box = certify(model, images, labels, "1/50", method="interval")
-    assert [v.certified for v in small] == [v.certified for v in box]
+    assert all(v.certified or not w.certified for v, w in zip(small, box, strict=True))
+    assert sum(v.certified for v in small) > sum(v.certified for v in box)
 
 
 def test_radius_is_certified_and_nearly_the_largest(model: Graph, images: Tensor, labels: Tensor) -> None:

@@ -1442,7 +1442,7 @@ TWINS: dict[str, Broken] = {
         "dual"),
     "what was taken is kept": (Scene, "_relaxed", "rest = calc.subtract(q, (on_z[0], on_z[1]))", "rest = q", "dual"),
     "no bound of what is not relaxed": (Scene, "_relaxed",
-        "return None, inner(calc, q, self._by_row(self.values[node.name], rows))",
+        "return None, self._ended(node, q, self.values[node.name], rows)",
         "return None, constant(calc, calc.zero, len(q[0]))", lambda: pooled().accepted()),
     "the better of both ends": (Scene, "_over_inputs", "np.maximum(over_box[0], over_ball)",
         "np.maximum(over_box[1], over_ball)",

@@ -19,7 +19,7 @@ from verideq.certify.backward import Relaxed, Rule, Scene, crown
 from verideq.certify.certificate import Proof, Step
 from verideq.certify.enclosure import pre_activations
 from verideq.certify.footprint import ROUNDS, WORK, Footprint
-from verideq.certify.interval import RULES, Arithmetic
+from verideq.certify.interval import Arithmetic
 from verideq.certify.method import Bounds, Prepared, Query, boxes_of, states_of
 from verideq.clock import OutOfTime, until
 from verideq.graph import INPUT
@@ -151,16 +151,16 @@ def scene_of(prepared: Prepared, query: Query, steps: list[list[Step]] | None = 
         steps: of every sample, to tighten pre-activations on the way and to write down how; ``None``: not to.
     """
     prepared.require_gauges()
-    arithmetic = Arithmetic(prepared.gauges, query.solver, query.tolerance, prepared.monotone)
+    arithmetic = prepared.arithmetic(query)
     known: dict[str, Box] = {INPUT: query.box}
     relaxed: dict[str, Relaxed] = {}
     shape = Footprint.of(prepared, query.box.lower, 1)
     at_once = fitting(shape.row, shape.device, "a row that tightens a unit") if steps is not None else 0
 
-    scene = Scene(prepared.graph, known, relaxed, query.region)
+    scene = Scene(prepared.graph, known, relaxed, query.region, balls=arithmetic.balls.known)
     for node in prepared.graph.nodes:
         v = [known[name] for name in node.inputs]
-        known[node.name] = RULES[node.operation.kind](arithmetic, node, v)
+        known[node.name] = arithmetic.follow(node, v)
         if node.operation.kind == "relu":
             relaxed[node.name] = Relaxed(node, v[0], known[node.name])
         elif node.operation.kind == "equilibrium":

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from verideq.box import TINY, Box, gamma, underflow
+from verideq.certify.balls import Ball
 from verideq.certify.interval import RULES, Arithmetic
 from verideq.clock import tick
 from verideq.equilibrium import Operator
@@ -227,6 +228,7 @@ class Scene:
         smooth: gradients see the corner that a row picks of a box move over while its coefficient is within this share
             of the row's largest one; values do not change.
         charges: of affine nodes by name, as they are asked for.
+        balls: of values as a whole by node, where the inputs are in l2 balls.
     """
 
     graph: Graph
@@ -236,6 +238,7 @@ class Scene:
     rigorous: bool = True
     smooth: float = 0.0
     charges: dict[str, Charge] = field(default_factory=dict)
+    balls: Mapping[str, Ball] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -255,7 +258,15 @@ class Scene:
         }
         region = None if self.region is None else self.region[part]
         charges = {name: Charge(*(x[part] for x in charge)) for name, charge in self.charges.items()}
-        return replace(self, values=values, relaxed=relaxed, region=region, charges=charges)
+        balls = {name: ball.select(part) for name, ball in self.balls.items()}
+        return replace(self, values=values, relaxed=relaxed, region=region, charges=charges, balls=balls)
+
+    def ended(self, name: str, rows: Tensor, box: Box) -> Tensor:
+        """The least value of rows that go no further, over a box and a ball: (samples, rows)."""
+        least, ball = self.over_box(rows, box), self.balls.get(name)
+        if ball is None or rows.requires_grad:
+            return least
+        return torch.fmax(least, ball.lowest(self.by_sample(rows), rigorous=self.rigorous))
 
     def charge(self, node: Node, terms: int, factors: tuple[Tensor, ...]) -> Charge:
         """What rows lose at an affine node."""
@@ -357,12 +368,12 @@ class Scene:
                 for name in node.inputs:
                     total = self._gain(total, -collect(name, q))
             elif known is None:
-                total = self._gain(total, self.over_box(q, self.values[node.name]))
+                total = self._gain(total, self.ended(node.name, q, self.values[node.name]))
             else:
                 if known.drift is not None and node.name != tightened:
                     total = self._gain(total, self.over_box(q, Box(-known.drift, known.drift)))
                 if node.name not in multipliers:
-                    total = self._gain(total, self.over_box(q, known.z))
+                    total = self._gain(total, self.ended(node.name, q, known.z))
                     continue
                 g = multipliers[node.name](known, q.view(self.samples, count, *q.shape[1:]))
                 used[node.name] = g = allowed(known, g)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from verideq.box import Box, flushed, gamma, outward, peak, underflow
 from verideq.certify.adjoint import adjoint, adjoint_refined
 from verideq.certify.ascent import adjoint_ascent
+from verideq.certify.balls import Ball
 from verideq.certify.certificate import Proof
 from verideq.certify.exact import branched, exact
 from verideq.certify.footprint import Footprint
-from verideq.certify.interval import Arithmetic, propagate
+from verideq.certify.interval import propagate
 from verideq.certify.method import TOLERANCE, Bounds, Method, Prepared, Query, boxes_of, prepare, states_of
 from verideq.certify.quadratic import quadratic
 from verideq.clock import OutOfTime, until
@@ -145,13 +146,15 @@ def interval(prepared: Prepared, query: Query) -> Bounds:
     """Interval bound propagation; a last linear layer and ``C`` are one linear map (elision)."""
     prepared.require_gauges()
     box, C = query.box, query.C
-    arithmetic = Arithmetic(prepared.gauges, query.solver, query.tolerance, prepared.monotone)
+    arithmetic = prepared.arithmetic(query)
     last = prepared.graph.nodes[-1]
     if C is None:
         result = propagate(prepared.graph, box, arithmetic)
     elif isinstance(last.module, nn.Linear):
         features = propagate(prepared.graph, box, arithmetic, until=last)
         result = elide(features, C, last.module.weight, last.module.bias)
+        ball = arithmetic.balls.known.get(last.inputs[0])
+        result = result if ball is None else result.intersect(_over(ball, C, last.module))
     else:
         outputs = propagate(prepared.graph, box, arithmetic)
         result = elide(outputs, C, None, None)
@@ -159,6 +162,19 @@ def interval(prepared: Prepared, query: Query) -> Bounds:
     boxes, states = arithmetic.boxes, arithmetic.states
     steps = torch.zeros(len(box.lower), dtype=torch.long) if steps is None else steps
     return Bounds(result, steps, lambda i: Proof(boxes_of(boxes, i), states_of(states, i)))
+
+
+def _over(ball: Ball, C: Tensor, last: nn.Linear) -> Box:
+    """``C (V z + b)`` for every ``z`` of a ball; an infinite box where that says nothing."""
+    weight, terms = last.weight, C.shape[2] + 2
+    rows, size = C @ weight, C.abs() @ weight.abs()
+    off = gamma(terms) * size + underflow(terms, C, size, weight)
+    shift = torch.zeros_like(C[:, :, 0]) if last.bias is None else C @ last.bias
+    lost = torch.zeros_like(shift) if last.bias is None else gamma(terms) * (C.abs() @ last.bias.abs())
+    low, negative = ball.lowest(rows, off), ball.lowest(-rows, off)
+    lower = low + shift - lost - (low.abs() + shift.abs() + lost) * 2.0**-50
+    upper = shift - negative + lost + (negative.abs() + shift.abs() + lost) * 2.0**-50
+    return Box(lower.nan_to_num(-torch.inf, torch.inf, -torch.inf), upper.nan_to_num(torch.inf, torch.inf, -torch.inf))
 
 
 def elide(features: Box, C: Tensor, weight: Tensor | None, bias: Tensor | None) -> Box:

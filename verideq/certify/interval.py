@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from verideq.box import TINY, Box, gamma, outward, spread, underflow
+from verideq.certify.balls import Balls
 from verideq.certify.enclosure import enclose, enclose_monotone
 from verideq.equilibrium import Auto, Equilibrium, Gauge, Solver
 from verideq.errors import NoGaugeError
@@ -50,6 +51,11 @@ class Arithmetic:
         self.boxes: dict[str, Box] = {}
         self.drifts: dict[str, Tensor] = {}
         self.states: dict[str, Tensor] = {}
+        self.balls = Balls(lambda node, centers: RULES[node.operation.kind](self, node, centers))
+
+    def follow(self, node: Node, boxes: list[Box]) -> Box:
+        """The box of a node's output; cut by its ball where the inputs are in balls."""
+        return self.balls.meet(node, RULES[node.operation.kind](self, node, boxes))
 
     def affine(
         self, box: Box, apply: Map, absolute: Map, constants: Tensor | None, terms: int, *factors: Tensor
@@ -94,13 +100,15 @@ class Arithmetic:
     def equilibrium(self, node: Node, layer: Equilibrium, box: Box) -> Box:
         """The equilibria for all injections of a box."""
         if node.name not in self.gauges:
-            enclosure, self.states[node.name] = enclose_monotone(layer, self.monotone[node.name], box, self.solver)
+            ball = self.balls.known.get(node.inputs[0])
+            m, v = self.monotone[node.name], box if ball is None else ball.center
+            enclosure, self.states[node.name] = enclose_monotone(layer, m, v, self.solver)
             self.steps = enclosure.steps if self.steps is None else torch.maximum(self.steps, enclosure.steps)
             if self.tolerance:
                 raise NoGaugeError(
                     f"{node.name}: a tolerance of the deployed solver is charged along a gauge", math.nan
                 )
-            return enclosure.box
+            return enclosure.box if ball is None else self.balls.settled(node, m, enclosure.box)
         enclosure = enclose(layer, self.gauges[node.name], box, self.solver)
         self.steps = enclosure.steps if self.steps is None else torch.maximum(self.steps, enclosure.steps)
         self.boxes[node.name] = enclosure.box
@@ -196,5 +204,5 @@ def propagate(graph: Graph, box: Box, arithmetic: Arithmetic, *, until: Node | N
     for node in graph.nodes:
         if node is until:
             return boxes[node.inputs[0]]
-        boxes[node.name] = RULES[node.operation.kind](arithmetic, node, [boxes[name] for name in node.inputs])
+        boxes[node.name] = arithmetic.follow(node, [boxes[name] for name in node.inputs])
     return boxes[graph.nodes[-1].name]

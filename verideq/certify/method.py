@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from verideq.box import Box, flushed
 from verideq.certify.certificate import Numbers, Proof, gauge_file
+from verideq.certify.interval import Arithmetic
 from verideq.checker import Checker
 from verideq.equilibrium import Auto, Dense, Equilibrium, Gauge, Monotone, Solver, gauge
 from verideq.equilibrium.monotonicity import proved_m
@@ -35,6 +36,7 @@ class Prepared:
         missing: why a layer has neither a gauge nor a proved ``m``, by node name.
         monotone: a proved ``m > 0`` with ``I - sym W ⪰ m I`` of the layers without a gauge.
         file: the model file of the stored weights, as they were when the model was prepared.
+        norms: proved spectral norms of affine nodes, as they were needed.
     """
 
     graph: Graph
@@ -42,6 +44,13 @@ class Prepared:
     missing: Mapping[str, NoGaugeError] = field(default_factory=dict)
     file: bytes = b""
     monotone: Mapping[str, float] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
+
+    def arithmetic(self, query: Query) -> Arithmetic:
+        """How boxes of a query are pushed through the model."""
+        found = Arithmetic(self.gauges, query.solver, query.tolerance, self.monotone)
+        found.balls.begin(query.region, query.box, self.norms)
+        return found
 
     @cached_property
     def checker(self) -> Checker:

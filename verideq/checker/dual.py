@@ -11,14 +11,15 @@ Take the first with a multiplier ``g > 0``, the second with ``-g / a`` for ``g <
     (q - δ g / (a where the second was taken) + Wᵀ g) · z  +  g · v  -  Σ δ g l  (where the second was taken)
 
 with ``z`` anywhere in its box, and the row ``g`` on ``v`` goes on to the operation before. Where no ``g`` is given the
-row ends: ``q · z`` is bounded over the box of ``z``, which is interval arithmetic. (Wei & Kolter's interval bound is
-``g = 0``; CROWN for an equilibrium layer is `multipliers`; the best ``g`` is the triangle relaxation's.)
+row ends: ``q · z`` is bounded over the box of ``z``, which is interval arithmetic, or over its ball. (Wei & Kolter's
+interval bound is ``g = 0``; CROWN for an equilibrium layer is `multipliers`; the best ``g`` is the triangle
+relaxation's.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from verideq.checker.arithmetic import (
     require,
     total,
 )  # fmt: skip
+from verideq.checker.balls import Ball, lowest
 from verideq.checker.claim import Bounding, Case, Claim
 from verideq.checker.layers import Layer
 from verideq.checker.network import Node
@@ -91,6 +93,7 @@ class Scene:
     cases: Sequence[Case]
     values: dict[str, Interval]
     relaxations: dict[str, Relaxation]
+    balls: dict[str, Ball] = field(default_factory=dict)
 
     def least(self, start: Mapping[str, Interval], steps: Sequence[Bounding], rows: int) -> Array:
         """A lower bound of every row, (cases, rows).
@@ -139,12 +142,12 @@ class Scene:
         """What a row leaves on the input of a node that is not affine, and what it gains or loses there."""
         calc, known = self.calc, self.relaxations.get(node.name)
         if known is None:
-            return None, inner(calc, q, self._by_row(self.values[node.name], rows))
+            return None, self._ended(node, q, self.values[node.name], rows)
         # The tightened node itself is the true equilibrium; what is handed on may have drifted from it.
         drift = None if node.name == step.node else known.drift
         away = constant(calc, calc.zero, 1) if drift is None else inner(calc, q, (-drift, drift))
         if given is None and step.slopes is None:
-            return None, calc.add(inner(calc, q, self._by_row(known.z, rows)), away)
+            return None, calc.add(self._ended(node, q, known.z, rows), away)
         known = replace(
             known,
             pre=self._by_row(known.pre, rows),
@@ -169,6 +172,13 @@ class Scene:
             rest = calc.add(rest, known.layer.fusion.pull(calc, (g, g)))
         bound = calc.subtract(inner(calc, rest, known.z), inner(calc, (charged[0], charged[1]), (lo, lo)))
         return (g, g), calc.add(bound, away)
+
+    def _ended(self, node: Node, q: Interval, box: Interval, rows: int) -> Interval:
+        """Rows on a value over its box, or over its ball if that is better."""
+        bounds = inner(self.calc, q, self._by_row(box, rows))
+        if node.name not in self.balls:
+            return bounds
+        return np.fmax(bounds[0], lowest(self.calc, q, self.balls[node.name], rows)), bounds[1]
 
     def _over_inputs(self, q: Interval, rows: int) -> Interval:
         """The least ``q · x`` over the ball, (cases * rows,)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,17 @@ Tensors = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Node:
-    """One operation: its name, kind, inputs, arguments and stored arrays (in the arithmetic's numbers)."""
+    """One operation: its name, kind, inputs, arguments and stored arrays (in the arithmetic's numbers).
+
+    `kept` is what has been worked out of these, once; a node with other arrays starts anew.
+    """
 
     name: str
     kind: str
     inputs: tuple[str, ...]
     arguments: Mapping[str, Any]
     tensors: Tensors
+    kept: dict[str, Array] = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
 def read_nodes(model: Blob, arithmetic: Arithmetic) -> list[Node]:

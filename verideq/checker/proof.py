@@ -1,8 +1,8 @@
 """Whether a claim holds: through the network once, for a batch of cases of one form.
 
-Forwards, every value gets a box. At a ReLU and at an equilibrium the splits of a case cut the pre-activations, and its
-tightenings improve them. At the end the rows of the specification go backwards (`verideq.checker.dual`), or through
-`verideq.checker.quadratic`.
+Forwards, every value gets a box, and under l2 also a ball (`verideq.checker.balls`). At a ReLU and at an equilibrium
+the splits of a case cut the pre-activations, and its tightenings improve them. At the end the rows of the specification
+go backwards (`verideq.checker.dual`), or through `verideq.checker.quadratic`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 
 from verideq.checker.adjoint import PULLS, inner, pull
 from verideq.checker.arithmetic import Arithmetic, Array, Interval, Rejected, constant, number, require
+from verideq.checker.balls import MOVES, Ball, Moved, around, joined, rectified, settled, start, summed
 from verideq.checker.claim import Case, regions
 from verideq.checker.dual import Relaxation, Scene, relax
 from verideq.checker.layers import Layer, enclosed, near
@@ -31,6 +32,7 @@ class Boxes:
     values: Mapping[str, Interval]
     pre: Mapping[str, Interval]
     z: Mapping[str, Interval]
+    balls: Mapping[str, Ball]
 
 
 def least_margins(calc: Arithmetic, nodes: Sequence[Node], layers: Layers, cases: Sequence[Case]) -> Array:
@@ -69,7 +71,7 @@ class _Proof:
 
         def of(place: int) -> Boxes:
             one = [{name: (lo[[place]], hi[[place]]) for name, (lo, hi) in part.items()} for part in parts]
-            return Boxes(one[0], one[1], one[2])
+            return Boxes(one[0], one[1], one[2], {name: ball.of([place]) for name, ball in self.scene.balls.items()})
 
         return [of(place) if holds else None for place, holds in enumerate(self.holds)]
 
@@ -98,11 +100,17 @@ class _Proof:
     def _forwards(self) -> None:
         calc, cases = self.calc, self.cases
         self.known = self._around()
-        x = self._before("values", "input")
+        claim, x = cases[0].claim, self._before("values", "input")
+        balls: dict[str, Ball] = {}
         if x is None:
             x = regions([case.claim for case in cases], calc)
+            if claim.norm == "l2":
+                balls["input"] = start(calc, [case.claim for case in cases])
+        else:
+            found = [self.known[id(case.before)].balls for case in cases]
+            balls = {name: joined([one[name] for one in found]) for name in found[0]}
         values = {"input": self._cut("input", x)}
-        self.scene = Scene(calc, self.nodes, cases, values, {})
+        self.scene = Scene(calc, self.nodes, cases, values, {}, balls)
         self.holds = self._ordered(values["input"])
         self.proved: dict[str, Layer] = {}
         for node in self.nodes:
@@ -118,12 +126,30 @@ class _Proof:
                 values[node.name] = self._relu(node, v)
             else:
                 values[node.name] = RULES[node.kind](calc, node, v)
+            if before is None and node.kind not in ("relu", "equilibrium"):
+                values[node.name] = self._moved(node)
         named = {node.name for node in self.nodes if node.kind in ("relu", "equilibrium")}
-        claim = cases[0].claim
         require(set(self.proved) >= {*claim.boxes, *claim.states}, "a box or a state belongs to no equilibrium")
         for case in cases:
             require({split.node for split in case.splits} <= named | {"input"}, "a split of a node that is not relaxed")
             require({step.node for step in case.tightenings} <= named, "a tightening of a node that is not relaxed")
+
+    def _moved(self, node: Node) -> Interval:
+        """The box of a value, cut by what the balls of its inputs say of it, where these have one."""
+        calc, box, known = self.calc, self.scene.values[node.name], self.scene.balls
+        if not set(node.inputs) <= set(known):
+            return box
+        inputs = [known[name] for name in node.inputs]
+        moved = summed(calc, *inputs) if node.kind == "add" else MOVES[node.kind](calc, node, inputs[0])
+        return box if moved is None else self._met(node, box, moved)
+
+    def _met(self, node: Node, box: Interval, moved: Moved) -> Interval:
+        """What a box and a ball have in common; a NaN says nothing."""
+        self.scene.balls[node.name] = moved[0]
+        lo, hi = around(self.calc, *moved)
+        met = np.fmax(box[0], lo), np.fmin(box[1], hi)
+        self.holds = self.holds & ~(met[0] > met[1]).reshape(len(met[0]), -1).any(1)
+        return met
 
     # --- the parts of the ball -----------------------------------------------------------------------------------
 
@@ -172,6 +198,9 @@ class _Proof:
                 relaxation = self._tightened(node, relaxation, place)
                 self.scene.relaxations[node.name] = relaxation
         self.holds = self.holds & self._ordered(relaxation.pre) & self._ordered(relaxation.z)
+        moved = self.scene.balls.get(node.name if layer is not None else node.inputs[0])
+        if moved is not None:
+            self.scene.balls[node.name] = rectified(calc, moved, relaxation.z)
         return relaxation.computed(calc)
 
     def _box(self, node: Node, layer: Layer, v: Interval) -> tuple[Interval, Interval]:
@@ -181,7 +210,12 @@ class _Proof:
             state = constant(calc, calc.zero, *v[0].shape)[0]
             if node.name in claims[0].states:
                 state = np.stack([claim.states[node.name] for claim in claims])
-            box = near(calc, layer, v, state)
+            ball = None if claims[0].tolerance else self.scene.balls.get(node.inputs[0])
+            if ball is None:
+                box = near(calc, layer, v, state)
+            else:
+                self.scene.balls[node.name], reach = settled(calc, layer, ball, state)
+                box = around(calc, self.scene.balls[node.name], reach)
             return box, layer.rows(calc, box, v)
         suggested = None
         if node.name in claims[0].boxes:
