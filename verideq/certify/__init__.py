@@ -2,8 +2,19 @@
 
 from verideq.certify.bound import METHODS, bound, margin_rows
 from verideq.certify.budget import Budget
+from verideq.certify.constants import lipschitz_constants
 from verideq.certify.decide import certify
 from verideq.certify.method import Prepared, prepare
 from verideq.certify.verdict import Verdict
 
-__all__ = ["METHODS", "Budget", "Prepared", "Verdict", "bound", "certify", "margin_rows", "prepare"]
+__all__ = [
+    "METHODS",
+    "Budget",
+    "Prepared",
+    "Verdict",
+    "bound",
+    "certify",
+    "lipschitz_constants",
+    "margin_rows",
+    "prepare",
+]

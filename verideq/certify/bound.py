@@ -18,6 +18,7 @@ from verideq.certify.certificate import Proof
 from verideq.certify.exact import branched, exact
 from verideq.certify.footprint import Footprint
 from verideq.certify.interval import propagate
+from verideq.certify.lipschitz import lipschitz
 from verideq.certify.method import TOLERANCE, Bounds, Method, Prepared, Query, boxes_of, prepare, states_of
 from verideq.certify.quadratic import quadratic
 from verideq.clock import OutOfTime, until
@@ -217,6 +218,7 @@ METHODS: dict[str, Method] = {
     "quadratic": quadratic,
     "branch-and-bound": branched,
     "exact": exact,
+    "lipschitz": lipschitz,
 }
 """Every bound method by name."""
 

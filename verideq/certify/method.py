@@ -37,6 +37,7 @@ class Prepared:
         monotone: a proved ``m > 0`` with ``I - sym W ⪰ m I`` of the layers without a gauge.
         file: the model file of the stored weights, as they were when the model was prepared.
         norms: proved spectral norms of affine nodes, as they were needed.
+        slopes: multipliers for a Lipschitz bound that a solver has proposed, by norm and row.
     """
 
     graph: Graph
@@ -45,6 +46,7 @@ class Prepared:
     file: bytes = b""
     monotone: Mapping[str, float] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
+    slopes: dict[tuple[bool, bytes], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def arithmetic(self, query: Query) -> Arithmetic:
         """How boxes of a query are pushed through the model."""

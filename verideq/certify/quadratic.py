@@ -57,7 +57,7 @@ class Form:
         b: (units,).
         divisor: (units,) what the rows were divided by.
         C, shift: outputs are ``C z + shift``, (outputs, units) and (outputs,).
-        m: of ``I - W`` before the rows were divided.
+        m: of ``I - W`` before the rows were divided; not positive where it is not monotone.
     """
 
     name: str
@@ -70,14 +70,15 @@ class Form:
     m: float
 
 
-def form_of(prepared: Prepared, x: Tensor) -> Form:
+def form_of(prepared: Prepared, x: Tensor, *, monotone: bool = True) -> Form:
     """The network as one equilibrium between affine maps.
 
     Args:
         x: inputs, (batch, *features), for their shape.
+        monotone: refuse a layer whose ``I - sym W`` is not positive.
 
     Raises:
-        NoGaugeError: it is another network, or ``I - sym W`` is not positive.
+        NoGaugeError: it is another network, or such a layer.
     """
     graph, shapes = prepared.graph, prepared.graph.shapes(x)
     others = [node for node in graph.nodes if node.operation.kind not in PULLS]
@@ -88,7 +89,7 @@ def form_of(prepared: Prepared, x: Tensor) -> Form:
     node, last = others[0], graph.nodes[-1].name
     layer = layers[node.name]
     m = prepared.monotone.get(node.name) or strength(layer)
-    if not m > 0:
+    if monotone and not m > 0:
         raise NoGaugeError(f"{node.name}: the quadratic bound needs I - sym W to be positive definite", math.nan)
 
     def identity(name: str) -> Tensor:
