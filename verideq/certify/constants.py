@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from verideq.box import Box, gamma, underflow
 from verideq.certify.balls import FLOOR, UP, Ball, Balls
 from verideq.certify.interval import RULES, Arithmetic
-from verideq.certify.lipschitz import LARGEST, slopes_of, unit
+from verideq.certify.lipschitz import LARGEST, slopes_of, unit, usable
 from verideq.certify.method import Prepared, prepare, strength
 from verideq.certify.quadratic import Point, form_of, quadratic_steps
 from verideq.checker.arithmetic import Float, Rejected, guarded
@@ -94,7 +94,8 @@ def _semidefinite(prepared: Prepared, x: Tensor, C: Tensor, *, ball: bool) -> Te
     # λ = ν = 0 and τ >= 0: then the inequality is one of differences, and its bound at 0 one of all inputs.
     zero = torch.zeros_like(slopes.tau)
     point, one = Point(zero, zero, slopes.tau.clamp(min=0), slopes.s.log()), form.U.new_ones(1, 1)
-    (step,) = quadratic_steps(problem, point, one if ball else one.expand(1, form.U.shape[1]), len(C))
+    rows = usable(problem, point, one)
+    steps = quadratic_steps(problem.select(rows), point.select(rows), one, 1) if len(rows) else []
     calc, checker, nodes = Float(), prepared.checker, prepared.checker.nodes
     (node,) = (node for node in nodes if node.kind == "equilibrium")
     units = math.prod(shapes[node.name])
@@ -117,8 +118,9 @@ def _semidefinite(prepared: Prepared, x: Tensor, C: Tensor, *, ball: bool) -> Te
         (),
     )
     none, without = np.zeros(units, dtype=bool), (np.zeros(units), np.zeros(units))
-    for k, row in enumerate(C.numpy()):
-        own = {name: calc.exactly(np.asarray(array)[[k]]) for name, array in step.quadratic.items()}
+    for k, step in zip(rows.tolist(), steps, strict=True):
+        row = C[k].numpy()
+        own = {name: calc.exactly(array) for name, array in step.quadratic.items()}
         if not (own["tau"] >= 0).all() or own["lambda"].any() or own["nu"].any():
             continue
         case = Case(claim, (), None, (Bounding(None, None, 0, False, None, {}, own),))

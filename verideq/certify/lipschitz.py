@@ -23,6 +23,7 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,8 @@ from verideq.errors import NoGaugeError
 
 ROOM = 2.0**-20
 """How far closed forms are kept from where their quadratic stops being convex."""
+LIMIT = 1e30
+"""Larger multipliers are not written down."""
 LARGEST = 256
 """The most units for which the quadratic dual of a Lipschitz bound is looked at: it costs their cube, row by row."""
 
@@ -154,26 +157,25 @@ def lipschitz(prepared: Prepared, query: Query) -> Bounds:
     plain = Best.interval(scene, C).lower
     count = plain.shape[1] // (2 if query.upper else 1)
     form, lower = _form(prepared, query), plain
-    steps: dict[int, Step] = {}
-    states = dict(arithmetic.states)
+    steps: dict[tuple[int, int], Step] = {}
     if form is not None:
         left = (~query.closed(plain)).nonzero().flatten()
-        size = max(1, ELEMENTS // (form.U.numel() * C.shape[1]))
-        for part in torch.split(left, size):
+        for part in torch.split(left, max(1, ELEMENTS // (form.U.numel() * C.shape[1]))):
             if not len(part) or time.monotonic() > query.deadline:
                 break
             found, made = _around(prepared, query.select(part), form, C[part], plain[part])
             lower = lower.index_copy(0, part, torch.maximum(found, plain[part]))
-            steps |= dict(zip(part.tolist(), made, strict=True))
-    used = lower > plain
+            steps |= {(int(part[i]), row): step for (i, row), step in made.items()}
+    better = lower > plain
 
     def proof(i: int) -> Proof:
-        known = boxes_of(arithmetic.boxes, i), states_of(states, i)
-        rows = [row for row in range(count) if bool(used[i, row])]
+        known = boxes_of(arithmetic.boxes, i), states_of(arithmetic.states, i)
+        rows = [row for row in range(count) if bool(better[i, row])]
         rest = [row for row in range(count) if row not in rows]
         if not rows:
             return Proof(*known)
-        curved = Step(quadratic={name: array[rows] for name, array in steps[i].quadratic.items()})
+        arrays = [steps[i, row].quadratic for row in rows]
+        curved = Step(quadratic={name: np.concatenate([own[name] for own in arrays]) for name in arrays[0]})
         if not rest:
             return Proof(*known, cases=((curved,),))
         return Proof(*known, cases=((Step(),), (curved,)), trees=((tuple(rest), 0), (tuple(rows), 1)))
@@ -198,8 +200,10 @@ def _form(prepared: Prepared, query: Query) -> Form | None:
         return None
 
 
-def _around(prepared: Prepared, query: Query, form: Form, C: Tensor, plain: Tensor) -> tuple[Tensor, list[Step]]:
-    """What the checker makes of rows around the centres, (samples, rows), and a step a sample."""
+def _around(
+    prepared: Prepared, query: Query, form: Form, C: Tensor, plain: Tensor
+) -> tuple[Tensor, dict[tuple[int, int], Step]]:
+    """What the checker makes of rows around the centres, (samples, rows), and the multipliers by sample and row."""
     problem, reach, enclosure = pose(prepared, query, form, C)
     moving = unit(form, problem.c, problem.ball)
     wanted = torch.ones(len(problem.c), dtype=torch.bool, device=C.device)
@@ -207,9 +211,28 @@ def _around(prepared: Prepared, query: Query, form: Form, C: Tensor, plain: Tens
         first = _point(problem, closed(moving), reach, moving)
         wanted = torch.maximum(evaluate(problem, first).value.view_as(plain), plain).flatten() <= query.rhs.flatten()
     point = _point(problem, slopes_of(prepared, moving, wanted, query.deadline), reach, moving)
-    steps = quadratic_steps(problem, point, reach, C.shape[1])
-    proofs = [Proof(states=states_of(enclosure, i), cases=((step,),)) for i, step in enumerate(steps)]
-    return checked_rows(prepared, query, C, proofs), steps
+    rows = usable(problem, point, reach)
+    steps = quadratic_steps(problem.select(rows), point.select(rows), reach, 1) if len(rows) else []
+    sample = problem.sample[rows]
+    proofs = [
+        Proof(states=states_of(enclosure, i), cases=((step,),)) for i, step in zip(sample.tolist(), steps, strict=True)
+    ]
+    found = torch.full_like(plain, -torch.inf).flatten()
+    if len(rows):
+        # Row by row: what is wrong with one costs no other its bound.
+        own = C.flatten(0, 1)[rows][:, None]
+        found[rows] = checked_rows(prepared, query.select(sample), own, proofs)[:, 0]
+    count = C.shape[1]
+    return found.view_as(plain), {(k // count, k % count): s for k, s in zip(rows.tolist(), steps, strict=True)}
+
+
+def usable(problem: Problem, point: Point, reach: Tensor) -> Tensor:
+    """The places of rows whose multipliers are numbers that a float32 holds, and whose quadratic is convex."""
+    value = evaluate(problem, point)
+    fits = value.value.isfinite() & value.Q.isfinite().flatten(1).all(1)
+    for tensor in (point.lam, point.nu, point.tau, point.log_s.exp() / reach[problem.sample].square()):
+        fits &= (tensor.abs() < LIMIT).all(1)
+    return fits.nonzero().flatten()
 
 
 def _point(problem: Problem, slopes: Slopes, reach: Tensor, moving: Problem) -> Point:

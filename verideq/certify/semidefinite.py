@@ -54,23 +54,29 @@ def proposed(W: Tensor, U: Tensor, c: Tensor, tau: Tensor, s: Tensor) -> tuple[T
         return tau, s
     row = row / size
     best, first = (t, shape), t
-    least = _length(N, u, row, *best)
-    for _ in range(ROUNDS if len(shape) > 1 else 1):
-        answer = _solved(N, u, row, shape)
-        if answer is None:
-            break
-        found = _positive(N, u, row, answer, first, shape)
-        length = _length(N, u, row, *found)
-        if length < least:
-            best, least = found, length
-        shape = _shape(N, u, row, *found)
+    with np.errstate(all="ignore"):  # the scale of a layer may be any; what is no number is not taken
+        least = _length(N, u, row, *best)
+        for _ in range(ROUNDS if len(shape) > 1 else 1):
+            if not (np.isfinite(u).all() and np.isfinite(shape).all() and np.isfinite(least)):
+                break
+            answer = _solved(N, u, row, shape)
+            if answer is None:
+                break
+            found = _positive(N, u, row, answer, first, shape)
+            length = _length(N, u, row, *found)
+            if length < least:
+                best, least = found, length
+            shape = _shape(N, u, row, *found)
     return torch.from_numpy(best[0]).to(tau), torch.from_numpy(best[1]).to(s)
 
 
 def _solved(N: Array, U: Array, c: Array, shape: Array) -> tuple[Array, float] | None:
     """``τ`` and ``σ`` as the solver has them; ``None`` where it has none."""
     cp: Any = import_module("cvxpy")  # takes a second, and only this needs it
-    values, vectors = np.linalg.eigh((U / shape) @ U.T)
+    gram = (U / shape) @ U.T
+    if not np.isfinite(gram).all():
+        return None
+    values, vectors = np.linalg.eigh(gram)
     kept = values > values[-1] * 1e-12
     # All of one size, whatever the scale of the injection.
     scale = max(float(values[-1]), 1e-300)
@@ -108,7 +114,7 @@ def _positive(N: Array, U: Array, c: Array, answer: tuple[Array, float], safe: A
         if values[0] > 1e-10 * values[-1]:
             pushed = (vectors / np.sqrt(values)).T @ (mixed[:, None] * U) / np.sqrt(shape)
             least = float(np.linalg.eigvalsh(pushed @ pushed.T)[-1]) / 4
-            tried += [(mixed, max(sigma, least * room) * shape) for room in (1 + 1e-6, 1 + 1e-4, 1.01)]
+            tried += [(mixed, max(sigma, least * room) * shape) for room in (1 + 1e-5, 1 + 1e-4, 1.01)]
     return min(tried, key=lambda found: _length(N, U, c, *found))
 
 

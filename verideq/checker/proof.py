@@ -215,7 +215,8 @@ class _Proof:
                 box = near(calc, layer, v, state)
             else:
                 self.scene.balls[node.name], reach = settled(calc, layer, ball, state)
-                box = around(calc, self.scene.balls[node.name], reach)
+                lo, hi = around(calc, self.scene.balls[node.name], reach)
+                box = np.maximum(lo, calc.zero), hi
             return box, layer.rows(calc, box, v)
         suggested = None
         if node.name in claims[0].boxes:
