@@ -95,45 +95,35 @@ def _semidefinite(prepared: Prepared, x: Tensor, C: Tensor, *, ball: bool) -> Te
     zero = torch.zeros_like(slopes.tau)
     point, one = Point(zero, zero, slopes.tau.clamp(min=0), slopes.s.log()), form.U.new_ones(1, 1)
     rows = usable(problem, point, one)
-    steps = quadratic_steps(problem.select(rows), point.select(rows), one, 1) if len(rows) else []
+    steps = quadratic_steps(problem.select(rows), point.select(rows), one, 1)[0] if len(rows) else []
     calc, checker, nodes = Float(), prepared.checker, prepared.checker.nodes
     (node,) = (node for node in nodes if node.kind == "equilibrium")
-    units = math.prod(shapes[node.name])
-    identity, middle = np.eye(units).reshape(units, *shapes[node.name]), np.zeros(math.prod(shapes[INPUT]))
-    center, region = (middle, middle), (middle - 1, middle + 1)
-    claim = Claim(
-        center,
-        Fraction(1),
-        "l2" if ball else "linf",
-        None,
-        None,
-        None,
-        None,
-        Fraction(0),
-        Fraction(0),
-        {},
-        {},
-        0,
-        (),
-        (),
-    )
-    none, without = np.zeros(units, dtype=bool), (np.zeros(units), np.zeros(units))
+    state, units = shapes[node.name], math.prod(shapes[node.name])
+    with guarded():
+        layer, identity = checker.layer(node, state), np.eye(units).reshape(units, *state)
+        U, _ = chain(calc, nodes, (identity, identity), shapes, node.inputs[0], INPUT)
+        c, _ = chain(calc, nodes, (C.numpy(), C.numpy()), shapes, nodes[-1].name, node.name)
+    U, c = (U[0].reshape(units, -1), U[1].reshape(units, -1)), (c[0].reshape(-1, units), c[1].reshape(-1, units))
+    center, zero_bias = np.zeros(U[0].shape[1]), (np.zeros(units), np.zeros(units))
+    none = np.zeros((1, units), dtype=bool)
+    unit_ball = Claim(
+        center=(center, center), eps=Fraction(1), norm="l2" if ball else "linf", weights=None, clip=None, label=None,
+        linear=None, margin=Fraction(0), tolerance=Fraction(0), boxes={}, states={}, refinements=0, trees=(), steps=(),
+    )  # fmt: skip
+    region = center[None] - 1, center[None] + 1
     for k, step in zip(rows.tolist(), steps, strict=True):
-        row = C[k].numpy()
         own = {name: calc.exactly(array) for name, array in step.quadratic.items()}
         if not (own["tau"] >= 0).all() or own["lambda"].any() or own["nu"].any():
             continue
-        case = Case(claim, (), None, (Bounding(None, None, 0, False, None, {}, own),))
+        case, row = Case(unit_ball, (), None, (Bounding(None, None, 0, False, None, {}, own),)), slice(k, k + 1)
         try:
             with guarded():
-                layer = checker.layer(node, shapes[node.name])
-                U, _ = chain(calc, nodes, (identity, identity), shapes, node.inputs[0], INPUT)
-                c, _ = chain(calc, nodes, (row[None], row[None]), shapes, nodes[-1].name, node.name)
-                flat = [(lo.reshape(len(lo), -1), hi.reshape(len(hi), -1)) for lo, hi in (U, c)]
-                least = quadratic(calc, layer, flat[0], without, region, case, none, none, flat[1], shapes[node.name])
+                least = quadratic(
+                    calc, layer, U, zero_bias, region, [case], (none, none), (c[0][None, row], c[1][None, row]), state
+                )
         except Rejected:
             continue
-        nothing[k] = math.inf if math.isnan(least[0]) else max(0.0, -float(least[0]))
+        nothing[k] = math.inf if math.isnan(least[0, 0]) else max(0.0, -float(least[0, 0]))
     return nothing
 
 

@@ -71,8 +71,10 @@ class Slopes:
 
     def curved(self, problem: Problem) -> Tensor:
         """``¼ cᵀ Q⁻¹ c``, (rows,), of a problem without a bias, around 0."""
-        value = evaluate(problem, Point(0 * self.tau, 0 * self.tau, self.tau, self.s.log())).value
-        return (-value - self.s.sum(1)).nan_to_num(nan=math.inf).clamp(min=0)
+        seen = evaluate(problem, Point(0 * self.tau, 0 * self.tau, self.tau, self.s.log()))
+        # The minimiser is -Q⁻¹ c / 2.
+        found = torch.where(seen.value.isfinite(), -0.5 * (problem.c * seen.z).sum(1), torch.inf)
+        return found.nan_to_num(nan=math.inf).clamp(min=0)
 
     def scaled(self, curved: Tensor) -> Slopes:
         """At the length at which the two halves of the bound are the same: there it is best."""
@@ -160,10 +162,8 @@ def lipschitz(prepared: Prepared, query: Query) -> Bounds:
     steps: dict[tuple[int, int], Step] = {}
     if form is not None:
         left = (~query.closed(plain)).nonzero().flatten()
-        for part in torch.split(left, max(1, ELEMENTS // (form.U.numel() * C.shape[1]))):
-            if not len(part) or time.monotonic() > query.deadline:
-                break
-            found, made = _around(prepared, query.select(part), form, C[part], plain[part])
+        for part, own in query.parts(left, max(1, ELEMENTS // (form.U.numel() * C.shape[1]))):
+            found, made = _around(prepared, own, form, C[part], plain[part])
             lower = lower.index_copy(0, part, torch.maximum(found, plain[part]))
             steps |= {(int(part[i]), row): step for (i, row), step in made.items()}
     better = lower > plain
@@ -212,7 +212,7 @@ def _around(
         wanted = torch.maximum(evaluate(problem, first).value.view_as(plain), plain).flatten() <= query.rhs.flatten()
     point = _point(problem, slopes_of(prepared, moving, wanted, query.deadline), reach, moving)
     rows = usable(problem, point, reach)
-    steps = quadratic_steps(problem.select(rows), point.select(rows), reach, 1) if len(rows) else []
+    steps = quadratic_steps(problem.select(rows), point.select(rows), reach, 1)[0] if len(rows) else []
     sample = problem.sample[rows]
     proofs = [
         Proof(states=states_of(enclosure, i), cases=((step,),)) for i, step in zip(sample.tolist(), steps, strict=True)

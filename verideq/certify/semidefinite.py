@@ -106,12 +106,12 @@ def _positive(N: Array, U: Array, c: Array, answer: tuple[Array, float], safe: A
     """The best of answers that were moved: ``τ`` towards `safe`, for which ``T N`` is positive, and ``σ`` upwards."""
     t, sigma = answer
     safe = safe * (float(t.max()) or 1.0) / safe.max()
-    tried = []
-    for share in (1e-9, 1e-6, 1e-4, 1e-2, 1.0):
+    tried = [(safe, shape)]
+    for share in (1e-5, 1e-4, 1e-2, 1.0):
         mixed = (1 - share) * t + share * safe
         half = mixed[:, None] * N
         values, vectors = np.linalg.eigh(0.5 * (half + half.T))
-        if values[0] > 1e-10 * values[-1]:
+        if values[0] > 1e-7 * values[-1]:
             pushed = (vectors / np.sqrt(values)).T @ (mixed[:, None] * U) / np.sqrt(shape)
             least = float(np.linalg.eigvalsh(pushed @ pushed.T)[-1]) / 4
             tried += [(mixed, max(sigma, least * room) * shape) for room in (1 + 1e-5, 1 + 1e-4, 1.01)]
