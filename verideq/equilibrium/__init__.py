@@ -1,5 +1,6 @@
 """The equilibrium layer ``z* = relu(W z* + v)``: operators, solvers, gradients, gauge (docs/theory.md)."""
 
+from verideq.equilibrium.dynamics import DEQ, Dynamics, Path, path
 from verideq.equilibrium.gauge import Gauge, gauge
 from verideq.equilibrium.gradients import Gradient, Implicit, Phantom
 from verideq.equilibrium.layer import Equilibrium, System, solve
@@ -8,6 +9,7 @@ from verideq.equilibrium.operators import Convolution, Dense, FactoredFusion, Op
 from verideq.equilibrium.solvers import (
     Anderson,
     Auto,
+    Broyden,
     ForwardBackward,
     PeacemanRachford,
     Picard,
@@ -17,10 +19,13 @@ from verideq.equilibrium.solvers import (
 )
 
 __all__ = [
+    "DEQ",
     "Anderson",
     "Auto",
+    "Broyden",
     "Convolution",
     "Dense",
+    "Dynamics",
     "Equilibrium",
     "FactoredFusion",
     "ForwardBackward",
@@ -32,6 +37,7 @@ __all__ = [
     "MonotoneDense",
     "MonotoneFusion",
     "Operator",
+    "Path",
     "PeacemanRachford",
     "Phantom",
     "Picard",
@@ -41,5 +47,6 @@ __all__ = [
     "fixed_point",
     "gauge",
     "operator_of",
+    "path",
     "solve",
 ]

@@ -19,6 +19,7 @@ from verideq.equilibrium.solvers import (
     DAMPING,
     Anderson,
     Auto,
+    Broyden,
     ForwardBackward,
     PeacemanRachford,
     Picard,
@@ -37,6 +38,7 @@ SOLVERS: dict[str, Solver] = {
     "auto": Auto(),
     "picard": Picard(),
     "anderson": Anderson(),
+    "broyden": Broyden(max_steps=100),
     "forward-backward": ForwardBackward(),
     "peaceman-rachford": PeacemanRachford(),
 }
@@ -110,9 +112,9 @@ class Equilibrium(nn.Module):
             or the factored one of `MonDEQ`.
         injection: any supported module that maps the input to the shape of ``z``; its bias is the layer's ``b``.
         activation: ReLU, in any of torch's spellings.
-        solver: how the equilibrium is found; `Auto`, `Picard`, `Anderson`, `ForwardBackward` or `PeacemanRachford`, or
-            one of the names ``auto``, ``picard``, ``anderson``, ``forward-backward`` and ``peaceman-rachford`` for
-            their defaults.
+        solver: how the equilibrium is found; `Auto`, `Picard`, `Anderson`, `Broyden`, `ForwardBackward` or
+            `PeacemanRachford`, or one of the names ``auto``, ``picard``, ``anderson``, ``broyden``,
+            ``forward-backward`` and ``peaceman-rachford`` for their defaults.
         gradient: `Implicit` (exact, constant memory) or `Phantom`; or ``implicit`` or ``phantom``.
         throw: raise when a sample does not converge; otherwise the last iterate is returned.
 

@@ -18,11 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from verideq.clock import tick
+from verideq.equilibrium.broyden import broyden
 from verideq.errors import ConvergenceError, InputError
 from verideq.status import Convergence
 
@@ -125,6 +127,23 @@ class PeacemanRachford(Solver):
             raise InputError(f"alpha {self.alpha} is no step; give a positive number")
 
 
+@dataclass(frozen=True)
+class Broyden(Solver):
+    """Broyden's method from the start, the forward solver of general DEQs (see `verideq.equilibrium.broyden`).
+
+    A sample's answer is its iterate of lowest residual, the start no candidate: what stops early stays usable.
+
+    Args:
+        tol: relative residual; ``None``: 1e-3, as in the papers; 0: every step is taken.
+        max_steps: iterates after the start; one application of the map more than that.
+    """
+
+    max_steps: int = 8
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        return 1e-3 if self.tol is None else self.tol
+
+
 DAMPING = 0.125
 """The damping of `ForwardBackward` where nothing is known of ``W``."""
 
@@ -188,6 +207,8 @@ def fixed_point(step: Step, start: Tensor, solver: Solver) -> Solution:
         start: the first iterate. With two parts the second is a radius, kept nonnegative.
         solver: tolerance, step limit and method.
     """
+    if isinstance(solver, Broyden):
+        return _quasi_newton(step, start, solver)
     batch, tol = start.shape[1], solver.tolerance(start.dtype)
     acceleration = _Acceleration.of(solver, start, tol)
     # The residual is looked at every step where that is free, and every few where it would stall the device.
@@ -214,11 +235,38 @@ def fixed_point(step: Step, start: Tensor, solver: Solver) -> Solution:
                     break
         x = image if acceleration is None else acceleration.next(image, change, error, count)
         mixed = x is not image
+    return Solution(value, residual, steps, _outcome(residual, converged), converged)
+
+
+def _outcome(residual: Tensor, converged: Tensor) -> Convergence:
     if bool(converged.all()):
-        outcome = Convergence.CONVERGED
-    else:
-        outcome = Convergence.MAX_STEPS if bool(residual.isfinite().all()) else Convergence.NONFINITE
-    return Solution(value, residual, steps, outcome, converged)
+        return Convergence.CONVERGED
+    return Convergence.MAX_STEPS if bool(residual.isfinite().all()) else Convergence.NONFINITE
+
+
+def _quasi_newton(step: Step, start: Tensor, solver: Broyden) -> Solution:
+    """`fixed_point` by Broyden's method: the parts of a sample are one vector of unknowns."""
+    tol = solver.tolerance(start.dtype)
+    steps = torch.zeros(start.shape[1], dtype=torch.long, device=start.device)
+    residual = torch.full((start.shape[1],), math.inf, dtype=start.dtype, device=start.device)
+    value, converged = start, steps > 0
+    radii = len(start) == 2  # a step that overshoots makes a radius negative, where the map has no meaning
+
+    def admissible(z: Tensor) -> Tensor:
+        return torch.stack((z[0], z[1].clamp(min=0))) if radii else z
+
+    iterates = broyden(lambda z: step(admissible(z.movedim(1, 0))).movedim(0, 1), start.movedim(0, 1))
+    for count, iterate in enumerate(islice(iterates, 1, solver.max_steps + 1), start=2):
+        z, change = iterate.value.movedim(1, 0), iterate.change.movedim(1, 0)
+        error = (_norms(change) / _norms(z + change).add(torch.finfo(start.dtype).tiny)).sum(0)
+        # The first iterate is taken whatever it is, so that a state that is not finite shows.
+        better = ~converged & ((error < residual) | (count == 2))
+        value = torch.where(by_sample(better, z), z, value)
+        residual, steps = torch.where(better, error, residual), torch.where(converged, steps, count)
+        converged = converged | (error <= tol)
+        if bool(converged.all()):
+            break
+    return Solution(admissible(value), residual, steps, _outcome(residual, converged), converged)
 
 
 def _norms(x: Tensor) -> Tensor:
