@@ -1,7 +1,11 @@
 """Attacks: what shows how much is left between certified and broken."""
 
+from verideq.attacks.apgd import APGD
+from verideq.attacks.fab import FAB
 from verideq.attacks.noise import uniform_noise
 from verideq.attacks.pgd import PGD
+from verideq.attacks.problem import Attack, Found, Problem
+from verideq.attacks.square import Square
 from verideq.errors import UnknownName
 
 ATTACKS: dict[str, PGD | None] = {"none": None, "pgd": PGD()}
@@ -15,4 +19,4 @@ def attack_named(name: str) -> PGD | None:
     return ATTACKS[name]
 
 
-__all__ = ["ATTACKS", "PGD", "attack_named", "uniform_noise"]
+__all__ = ["APGD", "ATTACKS", "FAB", "PGD", "Attack", "Found", "Problem", "Square", "attack_named", "uniform_noise"]
