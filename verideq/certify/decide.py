@@ -69,7 +69,7 @@ def certify(
         timeout: seconds a sample, and as much again for its radius.
         C: (rows, outputs) or (batch, rows, outputs).
         rhs: (rows,) or (batch, rows); ``None``: zero.
-        attack: ``none`` or ``pgd``: look for counterexamples too.
+        attack: ``none``, ``pgd``, ``standard``, ``intermediate`` or ``full``: look for counterexamples too.
         weights: (*features), radii of the features in units of eps.
         seed: of the attack.
         max_steps: of the equilibrium solver.

@@ -121,7 +121,7 @@ class Run:
             "command": list(self.command),
             "version": verideq.__version__,
             "model": self.model_name,
-            "model_hash": model_hash(self.model),
+            "model_hash": self._hash(),
             "data": q.name,
             "data_path": q.path,
             "data_hash": q.data_hash,
@@ -182,7 +182,7 @@ class Run:
         written = sum(len(chunk) for chunk in chunks[:done]) * len(self.questions.eps)
         if world.leads:
             progress(written, total)
-        prepared = prepare(self.model, self.device) if done < len(chunks) else None
+        prepared = self._prepare() if done < len(chunks) else None
         while prepared is not None and done < len(chunks):
             mine = chunks[done : done + world.size][world.rank : world.rank + 1]
             verdicts = [self._work(prepared, chunk) for chunk in mine]
@@ -193,7 +193,7 @@ class Run:
             done += world.size
 
         def finish() -> dict[str, Any]:
-            summary = summarise(read_results(results), meta)
+            summary = self._summarise(read_results(results), meta)
             write_json(self.folder / "summary.json", summary)
             return summary
 
@@ -208,6 +208,21 @@ class Run:
             stream.flush()
             os.fsync(stream.fileno())
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """The fields of ``run.json`` in which a resumed run has to agree with the folder."""
+        return IDENTITY
+
+    def _hash(self) -> str:
+        return model_hash(self.model)
+
+    def _prepare(self) -> Any:
+        """What the work on every chunk shares."""
+        return prepare(self.model, self.device)
+
+    def _summarise(self, records: list[dict[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
+        return summarise(records, meta)
+
     def _open(self, resume: bool) -> dict[str, Any]:
         path, meta = self.folder / "run.json", self.meta()
         if path.exists():
@@ -219,7 +234,7 @@ class Run:
                 before = dict(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:
                 raise ResumeError(f"{path} cannot be read: {error}; use another --out") from error
-            differing = [key for key in IDENTITY if before.get(key) != meta[key]]
+            differing = [key for key in self.identity if before.get(key) != meta[key]]
             if differing:
                 key = differing[0]
                 raise ResumeError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,8 +29,9 @@ from verideq.cli.options import (
 )
 from verideq.data import Dataset, load, parse_indices
 from verideq.distributed import World, joined
+from verideq.equilibrium import DEQ
 from verideq.errors import DataError, InputError
-from verideq.graph import trace
+from verideq.graph import evaluating, trace
 from verideq.region import Region, check_images, check_norm, parse_eps
 
 
@@ -54,7 +56,9 @@ def certify(
         str,
         typer.Option(help="auto, interval, adjoint, adjoint-refined, adjoint-ascent, quadratic or branch-and-bound."),
     ] = "auto",
-    attack: Annotated[str, typer.Option(help="none or pgd: look for counterexamples too.")] = "pgd",
+    attack: Annotated[
+        str, typer.Option(help="none, pgd, standard, intermediate or full: look for counterexamples too.")
+    ] = "pgd",
     timeout: Annotated[float | None, typer.Option(help="Seconds a sample.", metavar="S")] = None,
     radius: Annotated[
         bool, typer.Option("--radius", help="Also find the largest certified and the smallest attacked radius.")
@@ -89,7 +93,7 @@ def certify(
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: give 1 or more")
     chosen = chosen[:limit]
-    questions = _questions(dataset, data, chosen, network, eps or ["0.02", "0.05", "0.1"], check_norm(norm))
+    questions = questions_of(dataset, data, chosen, network, eps or ["0.02", "0.05", "0.1"], check_norm(norm))
     if resume and out is None:
         raise InputError("--resume needs the folder of the run: --out DIR")
     fresh = Path("runs") / f"{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -99,27 +103,32 @@ def certify(
         folder = world.lead(lambda: out or fresh)
         run = Run(folder, network, name, questions, budget, batch_size, place, certificates, sys.argv)
         try:
-            summary = _execute(run, resume, world, quiet=as_json)
+            summary = execute(run, resume, world, quiet=as_json)
         except KeyboardInterrupt:
             raise Interrupted(folder) from None
     failed = any(result["error"] for result in summary["results"])
-    return _finish(summary, dataset, folder, as_json) if world.leads else int(failed)
+    return finish(summary, dataset, folder, as_json) if world.leads else int(failed)
 
 
-def _questions(dataset: Dataset, path: str, chosen: list[int], network: Any, eps: list[str], norm: str) -> Questions:
+def questions_of(dataset: Dataset, path: str, chosen: list[int], network: Any, eps: list[str], norm: str) -> Questions:
     """Everything that is asked, refused here and in one line if it makes no sense."""
     exact = list(dict.fromkeys(parse_eps(e) for e in eps))
     if not chosen:
         raise DataError("no samples are chosen; see --indices and --limit")
-    graph = trace(network).check_finite()
     images, labels = dataset.scaled(chosen), dataset.labels[chosen]
-    graph.check_input(images[:1].to(graph.dtype))
-    # The pixel range is the model's; a data set in another range is a mistake that images outside it show.
-    clip = graph.pixel_range if dataset.clip is not None else None
+    if isinstance(network, DEQ):
+        first = next(network.parameters())
+        with torch.no_grad(), evaluating(network):
+            outputs = tuple(network(images[:1].to(first)).shape[1:])
+        clip = dataset.clip
+    else:
+        graph = trace(network).check_finite()
+        outputs = graph.check_input(images[:1].to(graph.dtype))
+        # The pixel range is the model's; a data set in another range is a mistake that images outside it show.
+        clip = graph.pixel_range if dataset.clip is not None else None
     check_images(images, clip)
     for e in exact:
         Region(images[:1], e, norm, clip, weights=dataset.eps_weights)
-    outputs = graph.check_input(images[:1].to(graph.dtype))
     bad = (labels >= outputs[0]).nonzero().flatten()
     if len(bad):
         index = chosen[int(bad[0])]
@@ -132,12 +141,13 @@ def _questions(dataset: Dataset, path: str, chosen: list[int], network: Any, eps
     )
 
 
-def _execute(run: Run, resume: bool, world: World, *, quiet: bool) -> dict[str, Any]:
+def execute(run: Run, resume: bool, world: World, *, quiet: bool, what: str = "certifying") -> dict[str, Any]:
+    """Run it under a progress bar."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     bar = Progress(*columns, console=Console(stderr=True, emoji=False), disable=quiet or not world.leads)
-    task = bar.add_task("certifying", total=None)
+    task = bar.add_task(what, total=None)
 
     def show(done: int, total: int) -> None:
         bar.start()  # not before the folder is accepted: a refusal is one line and nothing else
@@ -150,7 +160,8 @@ def _execute(run: Run, resume: bool, world: World, *, quiet: bool) -> dict[str, 
             bar.stop()
 
 
-def _finish(summary: dict[str, Any], dataset: Dataset, folder: Path, as_json: bool) -> int:
+def finish(summary: dict[str, Any], dataset: Dataset, folder: Path, as_json: bool) -> int:
+    """Write the page, print the table, and give the exit code."""
     from verideq.report.html import write_report  # matplotlib takes a second to load
     from verideq.report.table import table
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 import verideq
+from verideq.cli.attack import attack
 from verideq.cli.certify import certify
 from verideq.cli.check import check
 from verideq.cli.import_ import import_
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (certify, check, inspect, train, report):
+for command in (certify, check, attack, inspect, train, report):
     app.command()(command)
 app.command("import")(import_)
 

@@ -1,0 +1,252 @@
+"""Attacks in a row, and the worst point that any of them finds: never the average of the best attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from verideq.attacks.apgd import APGD
+from verideq.attacks.fab import FAB
+from verideq.attacks.opened import PlainDynamics, open_model
+from verideq.attacks.pgd import PGD
+from verideq.attacks.problem import Attack, Found, Problem
+from verideq.attacks.square import Square
+from verideq.equilibrium import Phantom, Solver
+from verideq.equilibrium.dynamics import TRACK, Dynamics
+from verideq.equilibrium.surrogates import Final, Simultaneous, Surrogate, Unrolled
+from verideq.region import Region
+
+READY_MADE = PGD(10, 1, 0.25, decay=False, plain=True)
+"""PGD-10 as the papers have it: a step of a quarter of eps, from noise, with the cross-entropy."""
+STATES = 8
+"""States along the forward pass that are attacked."""
+STRONGEST = ((3, 5, 0.5), (1, 1, 1.0), (3, 4, 0.5), (4, 5, 0.5))
+"""``(n, k, λ)`` that the papers found strongest; they go first, so that what they break is left out of the rest."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack by one gradient.
+
+    Args:
+        attack: how it searches.
+        surrogate: what it climbs.
+    """
+
+    attack: Attack
+    surrogate: Surrogate = field(default_factory=Final)
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        return f"{self.attack.name} at {self.surrogate.name}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What one stage did.
+
+    Args:
+        name: of the stage.
+        at: (tried,) the samples it was tried on, rows of the batch.
+        found: points and margins of these.
+    """
+
+    name: str
+    at: Tensor
+    found: Found
+
+    @property
+    def broken(self) -> int:
+        """How many samples it broke."""
+        return int((self.found.margins < 0).sum())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a suite has found on a batch.
+
+    Args:
+        points: (batch, *features), the pointwise worst over all attacks run.
+        margins: (batch,), of what decides, at these points.
+        first: (batch,), after the first stage.
+        by: (batch,), the number of the stage that found the point.
+        blind: (batch,), whether no stage that asked for gradients met one.
+        tried: stage by stage.
+    """
+
+    points: Tensor
+    margins: Tensor
+    first: Tensor
+    by: Tensor
+    blind: Tensor
+    tried: tuple[Tried, ...]
+
+    def name(self, sample: int) -> str:
+        """The stage that found a sample's point."""
+        return self.tried[int(self.by[sample])].name
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Stages in a row.
+
+    Args:
+        name: on the command line.
+        stages: cheapest and strongest first.
+        prune: a sample that is broken drops out of the stages behind; without it every stage is run on every sample, as
+            tables by attack need it.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    prune: bool = True
+
+    def run(self, problem: Problem) -> Report:
+        """Attack a batch. The problem's own surrogate is not used."""
+        worst = Found.nothing(problem)
+        first = worst.margins
+        by = torch.zeros(len(problem), dtype=torch.long)
+        blind = torch.ones(len(problem), dtype=torch.bool, device=worst.margins.device)
+        everyone = torch.arange(len(problem), device=worst.margins.device)
+        tried: list[Tried] = []
+        for number, stage in enumerate(self._distinct(problem.dynamics)):
+            active = worst.open() if self.prune else everyone
+            if not len(active) or (tried and problem.stop()):
+                break
+            part = replace(problem[active], surrogate=stage.surrogate, stream=number << 32)
+            found = stage.attack.search(part)
+            by[active[found.margins < worst.margins[active]].cpu()] = number
+            worst.note(found.points, found.margins, active)
+            if found.vanished is not None:
+                blind[active] &= found.vanished
+            tried.append(Tried(stage.name, active, found))
+            first = worst.margins.clone() if number == 0 else first
+        return Report(worst.points, worst.margins, first, by, blind, tuple(tried))
+
+    def __call__(
+        self,
+        model: nn.Module,
+        region: Region,
+        C: Tensor,
+        rhs: Tensor,
+        *,
+        indices: Tensor,
+        seed: int = 0,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> tuple[Tensor, Tensor]:
+        """The pointwise worst points and margins, as `PGD` returns them."""
+        dynamics = open_model(model, device=region.center.device)
+        report = self.run(Problem(dynamics, region, C, rhs, indices, seed=seed, stop=stop))
+        return report.points, report.margins
+
+    def follow(
+        self,
+        model: nn.Module,
+        region: Region,
+        C: Tensor,
+        rhs: Tensor,
+        points: Tensor,
+        wanted: Tensor,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> tuple[Tensor, Tensor]:
+        """From where a bound would be attained: see `PGD.follow`."""
+        return PGD().follow(model, region, C, rhs, points, wanted, stop=stop)
+
+    def _distinct(self, dynamics: Dynamics) -> tuple[Stage, ...]:
+        """Of a model without an equilibrium every state is the last one: each attack once."""
+        if not isinstance(dynamics, PlainDynamics):
+            return self.stages
+        return tuple({stage.attack.name: Stage(stage.attack) for stage in self.stages}.values())
+
+
+def sweep(
+    states: Iterable[int] = range(1, STATES + 1),
+    steps: Iterable[int] = range(1, 10),
+    dampings: Iterable[float] = (0.5, 1.0),
+    attack: Attack = READY_MADE,
+    track: Solver = TRACK,
+) -> tuple[Stage, ...]:
+    """Every combination of a state ``z_n``, ``k`` unrolled steps and a damping ``λ``: by default the papers' 144."""
+    every = [(n, k, damping) for n in states for k in steps for damping in dampings]
+    ranked = sorted(every, key=lambda key: STRONGEST.index(key) if key in STRONGEST else len(STRONGEST))
+    return tuple(Stage(attack, Unrolled((n,), k, damping, track)) for n, k, damping in ranked)
+
+
+def _standard() -> tuple[Stage, ...]:
+    return tuple(Stage(attack) for attack in (PGD(), APGD("ce"), APGD("t"), FAB(), Square()))
+
+
+def _intermediate() -> tuple[Stage, ...]:
+    every = tuple(range(1, STATES + 1))
+    return (
+        Stage(PGD()),
+        Stage(READY_MADE, Final(Phantom(5, 0.5))),
+        Stage(READY_MADE, Unrolled(every, 1, 1.0)),
+        Stage(READY_MADE, Simultaneous(every)),
+        *(Stage(READY_MADE, Simultaneous((n,))) for n in every),
+        *sweep(),
+        Stage(APGD("ce"), Unrolled(every, 1, 1.0)),
+        Stage(APGD("ce"), Simultaneous(every)),
+    )
+
+
+def _full() -> tuple[Stage, ...]:
+    adaptive = (APGD("ce"), APGD("t"))
+    return (
+        *_intermediate(),
+        *_standard()[1:],
+        Stage(APGD("ce"), Final(Phantom(5, 0.5))),
+        *(Stage(attack, Unrolled((n,), k, damping)) for n, k, damping in STRONGEST for attack in adaptive),
+    )
+
+
+def warnings_of(
+    broken_by: Sequence[str | None], blind: Sequence[bool], first: Sequence[float], last: Sequence[float]
+) -> list[str]:
+    """What speaks against believing that a model is robust because attacks fail (Athalye et al., ICML 2018).
+
+    Args:
+        broken_by: for every attacked sample the stage that broke it, or ``None``.
+        blind: whether no gradient was met on it.
+        first: its margin after the first stage.
+        last: after all of them.
+    """
+    count, found = len(broken_by), []
+    if count and sum(blind) > 0.01 * count:
+        found.append(
+            f"the gradient vanished on {sum(blind)} of {count} samples: attacks by gradient say nothing of them"
+        )
+    by_search = sum(name is not None and name.startswith("Square") for name in broken_by)
+    if by_search > 0.002 * count:
+        found.append(
+            f"Square, which needs no gradient, broke {by_search} of {count} samples that every attack by gradient had "
+            "left: the gradients are masked, and there may be more to break"
+        )
+    hidden = sum(name is not None and (" at unrolled" in name or " at simultaneous" in name) for name in broken_by)
+    if hidden > 0.002 * count:
+        found.append(
+            f"gradients at intermediate states broke {hidden} of {count} samples that those at the final state had "
+            "left: the solver hides gradients"
+        )
+    survived = [(a, b) for a, b in zip(first, last, strict=True) if a >= 0]
+    helped = sum(b < a - 1e-6 * (1 + abs(a)) for a, b in survived)
+    if len(survived) >= 20 and helped < 0.05 * len(survived):
+        found.append(
+            f"further attacks lowered the margin of {helped} of the {len(survived)} samples that the first one left: "
+            "more steps do not help, which a masked gradient would explain"
+        )
+    return found
+
+
+SUITES: dict[str, Suite] = {
+    "pgd": Suite("pgd", (Stage(PGD()),)),
+    "standard": Suite("standard", _standard()),
+    "intermediate": Suite("intermediate", _intermediate()),
+    "full": Suite("full", _full()),
+}
+"""Every suite by name."""

@@ -1,0 +1,249 @@
+"""A run of attacks over a data set: the folder, the resume and the lines of a certifying run, with no bounds.
+
+Whatever an attack has found is run again on the user's own model, in its own dtype, before a sample counts as broken.
+A model that can be bounded has its witness proved too, and is FALSIFIED; otherwise the sample is UNKNOWN, and
+`attacked` is false.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from verideq.attacks.defences import Deciding, Defence, FinalState, entropies, entropy, entropy_curve
+from verideq.attacks.opened import GraphDynamics, open_model
+from verideq.attacks.problem import Problem
+from verideq.attacks.suites import SUITES, Report, warnings_of
+from verideq.box import Box
+from verideq.certify.bound import margin_rows, run_method
+from verideq.certify.method import Prepared, prepare
+from verideq.certify.run import IDENTITY, Run
+from verideq.certify.summary import summarise
+from verideq.certify.verdict import Verdict
+from verideq.equilibrium import DEQ
+from verideq.equilibrium.dynamics import Dynamics
+from verideq.graph import evaluating, model_hash
+from verideq.region import Region
+from verideq.status import Status
+
+EXTRA = ("defence",)
+"""What identifies a run of attacks besides the fields of a certifying one."""
+
+
+@dataclass(frozen=True)
+class Outcome(Verdict):
+    """A verdict with what the attacks were like on the sample.
+
+    Args:
+        attack: the attack that found the worst point.
+        attack_margin: the smallest margin that was found, as the attacked copy computes it.
+        first_margin: that of the first attack.
+        blind: no attack met a gradient.
+        entropies: of the prediction along the forward pass, for the input and for the worst point.
+    """
+
+    attack: str | None = None
+    attack_margin: float | None = None
+    first_margin: float | None = None
+    blind: bool = False
+    entropies: tuple[list[float], list[float]] | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What every chunk shares."""
+
+    dynamics: Dynamics
+    decide: Deciding | None
+    prepared: Prepared | None
+
+
+@dataclass(frozen=True)
+class AttackRun(Run):
+    """A run of a suite against a model, or against a defence of it.
+
+    Args:
+        defence: what decides; the others are those of `Run`, of whose budget `attack` and `seed` are read.
+    """
+
+    defence: Defence = field(default_factory=FinalState)
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        return (*IDENTITY, *EXTRA)
+
+    def meta(self) -> dict[str, Any]:
+        return super().meta() | {"method": "none", "check": False, "defence": self.defence.name}
+
+    def _hash(self) -> str:
+        return general_hash(self.model) if isinstance(self.model, DEQ) else model_hash(self.model)
+
+    def _prepare(self) -> _Prepared:
+        dynamics = open_model(self.model, device=self.device)
+        decide = None if isinstance(self.defence, FinalState) else Deciding(self.defence, dynamics)
+        provable = decide is None and not isinstance(self.model, DEQ)
+        return _Prepared(dynamics, decide, prepare(self.model, self.device) if provable else None)
+
+    def _work(self, prepared: Any, chunk: range) -> Iterator[tuple[int, Verdict]]:
+        q, rows = self.questions, slice(chunk.start, chunk.stop)
+        images, labels = q.images[rows].to(self.device), q.labels[rows].to(self.device)
+        weights = None if q.weights is None else q.weights.to(self.device)
+        for eps in q.eps:
+            region = Region(images, eps, q.norm, q.clip, weights=weights)
+            yield from zip(q.indices[rows], self._attack(prepared, region, labels, q.indices[rows]), strict=True)
+
+    def _attack(self, prepared: _Prepared, region: Region, labels: Tensor, indices: list[int]) -> list[Outcome]:
+        """The outcomes of one chunk at one radius; an exception costs only the samples that raise it."""
+        try:
+            return self._attack_all(prepared, region, labels, indices)
+        except Exception as error:
+            if len(labels) > 1:
+                halves = (slice(0, len(labels) // 2), slice(len(labels) // 2, None))
+                return [v for h in halves for v in self._attack(prepared, region[h], labels[h], indices[h])]
+            return [
+                Outcome(
+                    Status.ERROR, None, region.eps, region.norm, "none", False, f"{type(error).__name__}: {error}", 0.0,
+                    label=int(labels[0]),
+                )
+            ]  # fmt: skip
+
+    def _attack_all(self, prepared: _Prepared, region: Region, labels: Tensor, indices: list[int]) -> list[Outcome]:
+        started = time.monotonic()
+        predictions = self._own(prepared, region.center).argmax(1)
+        right = (predictions == labels).nonzero().flatten()
+        classes = self._own(prepared, region.center[:1]).shape[1]
+        C = margin_rows(labels, classes)
+        rhs = torch.zeros(C.shape[:2], dtype=C.dtype, device=C.device)
+        whole = Problem(
+            prepared.dynamics,
+            region,
+            C,
+            rhs,
+            torch.tensor(indices),
+            decide=prepared.decide,
+            seed=self.budget.seed,
+        )
+        found: dict[int, dict[str, Any]] = {}
+        if len(right):
+            report = SUITES[self.budget.attack].run(whole[right])
+            found = self._judge(prepared, whole[right], report, labels[right], right.tolist())
+        seconds = (time.monotonic() - started) / len(labels)
+        wrong = {"status": Status.MISCLASSIFIED, "reason": "the model is wrong on the input itself"}
+        return [
+            Outcome(
+                margin=None, eps=region.eps, norm=region.norm, method="none", checked=False, seconds=seconds,
+                prediction=int(predictions[i]), label=int(labels[i]), **found.get(i, wrong),
+            )
+            for i in range(len(labels))
+        ]  # fmt: skip
+
+    def _judge(
+        self, prepared: _Prepared, part: Problem, report: Report, labels: Tensor, places: list[int]
+    ) -> dict[int, dict[str, Any]]:
+        """What became of the samples that were right: they are rows `places` of the chunk."""
+        points, region = report.points, part.region
+        inside = region.contains(points)
+        broken = inside & (self._own(prepared, points).argmax(1) != labels)
+        proved = torch.zeros_like(broken)
+        bounded = prepared.prepared
+        if bounded is not None and not bounded.missing and bool(broken.any()):
+            at = broken.nonzero().flatten()
+            highest = run_method(bounded, Box(points[at], points[at]), part.C[at], "interval", 1000).box.upper
+            proved[at] = (highest < part.rhs[at]).any(1)
+        curves = None
+        if not isinstance(prepared.dynamics, GraphDynamics | DEQ):
+            curves = [entropy(prepared.dynamics.outputs(x))[None] for x in (region.center, points)]
+        else:
+            curves = [entropy_curve(prepared.dynamics, x) for x in (region.center, points)]
+        result = {}
+        for k, i in enumerate(places):
+            name = report.name(k)
+            if bool(proved[k]):
+                status, reason = Status.FALSIFIED, f"{name}: a point of the region provably lacks the property"
+            elif bool(broken[k]):
+                status, reason = Status.UNKNOWN, f"broken by {name}, as the model runs; not proved"
+            elif float(report.margins[k]) < 0:
+                status, reason = Status.UNKNOWN, f"{name} breaks a float64 copy, and not the model as it runs"
+            else:
+                status, reason = Status.UNKNOWN, f"no attack of the suite {self.budget.attack} found a counterexample"
+            result[i] = {
+                "status": status,
+                "reason": reason,
+                "attacked": not bool(broken[k]),
+                "witness": points[k].cpu().numpy() if bool(broken[k]) else None,
+                "attack": name,
+                "attack_margin": _finite(report.margins[k]),
+                "first_margin": _finite(report.first[k]),
+                "blind": bool(report.blind[k]),
+                "entropies": (curves[0][:, k].tolist(), curves[1][:, k].tolist()),
+            }
+        return result
+
+    @torch.no_grad()
+    def _own(self, prepared: _Prepared, x: Tensor) -> Tensor:
+        """The outputs of what is attacked as it runs: of a defence, around the model in its own dtype."""
+        model = self.model
+        first = next((p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()), x)
+        if isinstance(self.defence, FinalState):
+            with evaluating(model):
+                outputs: Tensor = model(x.to(first.device, first.dtype))
+        elif isinstance(model, DEQ):
+            own = copy.deepcopy(model).eval().requires_grad_(False)
+            outputs = self.defence.outputs(own, x.to(first.device, first.dtype))
+        else:
+            outputs = self.defence.outputs(prepared.dynamics, x)
+        return outputs.to(x)
+
+    def _line(self, index: int, verdict: Verdict, certificate: str | None) -> dict[str, Any]:
+        line = super()._line(index, verdict, certificate)
+        if not isinstance(verdict, Outcome):
+            return line
+        clean, attacked = verdict.entropies or (None, None)
+        return line | {
+            "attack": verdict.attack,
+            "attack_margin": verdict.attack_margin,
+            "first_margin": verdict.first_margin,
+            "blind": verdict.blind,
+            "entropy_clean": clean,
+            "entropy_attacked": attacked,
+        }
+
+    def _summarise(self, records: list[dict[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
+        return summarise_attack(records, meta)
+
+
+def summarise_attack(records: list[dict[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """`summarise`, with `by_attack` (broken samples by the attack that broke them), `entropy` and `warnings` an eps."""
+    summary = summarise(records, meta)
+    for result in summary["results"]:
+        mine = [r for r in records if r["eps"] == result["eps"] and r["attacked"] is not None]
+        broken = [r["attack"] if r["attacked"] is False else None for r in mine]
+        result["by_attack"] = dict(Counter(name for name in broken if name is not None).most_common())
+        final = [[torch.tensor([r[key][-1] for r in mine])] for key in ("entropy_clean", "entropy_attacked")]
+        known = entropies(final[0][0], final[1][0]) if mine else None
+        result["entropy"] = None if known is None else {"P": known.share, "dH": known.difference}
+        numbers = [[r[key] if r[key] is not None else 0.0 for r in mine] for key in ("first_margin", "attack_margin")]
+        result["warnings"] = warnings_of(broken, [bool(r["blind"]) for r in mine], *numbers)
+    return summary | {"suite": meta["attack"], "defence": meta["defence"]}
+
+
+def general_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of a model that no model file can hold: its printed structure and every tensor."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _finite(value: Tensor) -> float | None:
+    number = float(value)
+    return number if abs(number) < float("inf") else None
