@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from verideq.report.attack import attack_claim, attack_section, attack_warnings, is_attack
 from verideq.report.gallery import Images, gallery
 from verideq.report.plots import QUANTITIES, accuracy_plot, colour_of, margin_plot, radius_plot, step_plot
 from verideq.report.run import Run, read_runs
@@ -65,6 +66,7 @@ def _page(runs: Sequence[Run], images: Images | None) -> str:
         of = f": {escape(run.name)}" if several else ""
         if several:
             body.append(f"<h2>All numbers{of}</h2>{_table(run)}")
+        body.append(attack_section(run) if is_attack(run) else "")
         pictures = gallery(run, images)
         body.append(f"<h2>Hardest samples{of}</h2>{pictures}" if pictures else "")
         body.append(_reasons(run, of))
@@ -79,6 +81,8 @@ def _page(runs: Sequence[Run], images: Images | None) -> str:
 
 
 def _claim(run: Run) -> str:
+    if is_attack(run):
+        return attack_claim(run)
     results = run.summary["results"]
     first, last = results[0], results[-1]
     subject = f"{escape(str(run.summary['model']))} on {escape(str(run.summary['data']))}"
@@ -116,6 +120,8 @@ def _warnings(run: Run) -> str:
     if both:
         listed = ", ".join(map(str, both[:10]))
         found.append(f"certified and broken by the attack at once, so that neither may be believed: sample {listed}.")
+    if is_attack(run):
+        found += attack_warnings(run)
     errors = sum(r["error"] for r in run.summary["results"])
     if errors:
         found.append(f"verdicts that are ERROR: {errors}; see the reasons below.")

@@ -136,6 +136,29 @@ def step_plot(runs: Sequence[Run]) -> str | None:
     return svg_of(figure, "steps", "Histogram of the solver steps")
 
 
+def entropy_plot(run: Run) -> str | None:
+    """The entropy of the prediction along the states of the forward pass, clean and attacked, at the largest radius:
+    medians with the middle half of the samples; `None` where no state was recorded.
+    """
+    radius = max(float(r["eps"]) for r in run.records)
+    mine = [r for r in run.records if float(r["eps"]) == radius and r.get("entropy_clean")]
+    if not mine:
+        return None
+    figure, (axes,) = figure_of([2.6])
+    for series, (key, marker, line) in enumerate((("entropy_clean", "o", "-"), ("entropy_attacked", "^", "--"))):
+        curves = np.array([r[key] for r in mine], dtype=np.float64)
+        low, middle, high = np.percentile(curves, [25, 50, 75], axis=0)
+        x = np.arange(1, curves.shape[1] + 1)
+        axes.fill_between(x, low, high, color=SERIES[series], alpha=0.18, linewidth=0)
+        name = key.removeprefix("entropy_")
+        axes.plot(x, middle, line, marker=marker, color=SERIES[series], markersize=4, linewidth=1.6)
+        axes.annotate(name, (x[-1], middle[-1]), (4, 4), textcoords="offset points", color=INK, fontsize=9, ha="right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.set_xlabel(f"state along the forward pass, eps {eps_text(radius)}")
+    axes.set_ylabel("entropy in nats")
+    return svg_of(figure, "entropy", "Entropy of the prediction along the forward pass, clean and attacked")
+
+
 def figure_of(heights: list[float]) -> tuple[Figure, list[Axes]]:
     """A figure, 4.6 inches wide so that it stays legible on a phone, with one panel a height (in inches)."""
     figure = Figure(figsize=(4.6, sum(heights) + 0.5), layout="constrained")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verideq.certify.attack import summarise_attack
 from verideq.certify.summary import summarise
 from verideq.errors import DataError
 
@@ -58,8 +59,8 @@ def _read_run(folder: Path, name: str) -> Run:
     meta = _read_object(folder / "run.json")
     records = _read_records(folder / "results.jsonl")
     try:
-        summary = summarise(records, meta)
-    except (TypeError, ValueError) as error:
+        summary = summarise_attack(records, meta) if "defence" in meta else summarise(records, meta)
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'results.jsonl'}: a line is not a result ({error}); certify again") from error
     path = folder / "summary.json"
     written = _read_object(path).get("results", []) if path.is_file() else None

@@ -25,6 +25,8 @@ def table(summary: Mapping[str, Any]) -> Table:
         A `rich.table.Table`, ready to print.
     """
     results = summary["results"]
+    if "suite" in summary:
+        return _attack_table(summary)
     extra = [name for name in ("timeout", "rejected") if any(r[name] for r in results)]
     view = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     view.title = Text(f"{summary['model']} on {summary['data']}")
@@ -65,6 +67,31 @@ def radii_text(radii: Mapping[str, Any]) -> str:
         return ", ".join(f"{kind} {'-' if value is None else f'{value:.4g}'}" for kind, value in values.items())
 
     return f"median radius: {of('median')}; mean: {of('mean')}"
+
+
+def _attack_table(summary: Mapping[str, Any]) -> Table:
+    """One row an eps of a run of attacks: n, clean, attacked with its 95 % interval, and what broke the most."""
+    view = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view.title = Text(f"{summary['model']} on {summary['data']}: {summary['suite']} against {summary['defence']}")
+    for name in ("eps", "n", "clean"):
+        view.add_column(name, justify="right", no_wrap=True)
+    view.add_column("attacked [95 %]", min_width=12)
+    view.add_column("broken by")
+    for name in ("errors", "time"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for r in summary["results"]:
+        worst = ", ".join(f"{name} {count}" for name, count in list(r["by_attack"].items())[:3])
+        cells = [
+            eps_text(r["eps"]),
+            str(r["n"]),
+            percent(r["clean"], r["n"]),
+            f"{percent(r['attacked'], r['n'])} {interval(r['attacked_interval'])}",
+            worst or "-",
+            str(r["error"]),
+            duration(r["seconds"]),
+        ]
+        view.add_row(*map(Text, cells))
+    return view
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, style: str = "numbers") -> str:
