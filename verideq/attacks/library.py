@@ -48,7 +48,8 @@ class AutoAttack(Attack):
         region = problem.region
         if region.clip != (0.0, 1.0) or region.weights is not None or region.center.dim() != 4:
             raise InputError(
-                "pyautoattack attacks images (channels, rows, columns) in [0, 1] with one radius; use the suite standard"
+                "pyautoattack attacks images (channels, rows, columns) in [0, 1] with one radius; use the suite "
+                "standard"
             )
         found = Found.nothing(problem)
         found.note(region.center, problem.judge(region.center))

@@ -24,8 +24,8 @@ def attack_claim(run: Run) -> str:
     subject = f"{escape(str(run.summary['model']))} on {escape(str(run.summary['data']))}"
     suite = f"the suite {escape(str(run.summary['suite']))} against {escape(str(run.summary['defence']))}"
     return (
-        f'<p class="claim"><b>{subject}:</b> {"; ".join(parts)}, by {suite}. Each sample counts as its worst attack has '
-        "it; surviving attacks is no proof.</p>"
+        f'<p class="claim"><b>{subject}:</b> {"; ".join(parts)}, by {suite}. Each sample counts as its worst attack '
+        "has it; surviving attacks is no proof.</p>"
     )
 
 
@@ -54,7 +54,7 @@ def attack_section(run: Run) -> str:
         cells = [[eps_text(eps), f"{100 * e['P']:.1f} %", f"{e['dH']:+.4f}"] for eps, e in known]
         parts.append("<h2>Entropy of the prediction</h2>")
         parts.append(
-            '<p class="note">P: the share of samples whose prediction has less entropy than that of the attacked input. '
+            '<p class="note">P: the share of samples whose prediction has less entropy than that of the attacked one. '
             "ΔH: clean minus attacked, the mean in nats.</p>"
         )
         parts.append(html_table(["eps", "P", "ΔH"], cells, "Entropy statistics"))
