@@ -1,7 +1,7 @@
 """What attacks find on DEQs, and what an attack costs.
 
-    verideq train recipes/adversarial-mnist.toml --out PHANTOM
-    verideq train recipes/adversarial-mnist.toml --set gradient=exact --out EXACT
+    verideq train recipes/adversarial/mnist.toml --out PHANTOM
+    verideq train recipes/adversarial/mnist.toml --set gradient=exact --out EXACT
     verideq train recipes/mondeq.toml --out STANDARD
     python benchmarks/attacks.py --phantom PHANTOM --exact EXACT --standard STANDARD/model.safetensors [--out NAME]
 

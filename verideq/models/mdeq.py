@@ -277,10 +277,10 @@ def general_named(name: str, input_shape: tuple[int, ...], classes: int, **optio
 
 
 def mnist_dense() -> DEQ:
-    """The model of ``recipes/adversarial-mnist.toml``, for ``verideq attack verideq.models.mdeq:mnist_dense``."""
+    """The model of ``recipes/adversarial/mnist.toml``, for ``verideq attack verideq.models.mdeq:mnist_dense``."""
     return dense()
 
 
 def cifar_two_scales() -> DEQ:
-    """The model of ``recipes/adversarial-cifar10.toml``, likewise."""
+    """The model of ``recipes/adversarial/cifar10.toml``, likewise."""
     return general_named("mdeq-two-scales", (3, 32, 32), 10)
