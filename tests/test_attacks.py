@@ -176,7 +176,7 @@ def test_losses_are_those_of_the_outputs() -> None:
     labels = torch.tensor([0, 1, 2, 3, 4, 0])
     rows = (margin_rows(labels, 5) @ outputs[:, :, None])[:, :, 0]
     torch.testing.assert_close(cross_entropy(rows), nn.functional.cross_entropy(outputs, labels, reduction="none"))
-    ranked, order = outputs.sort(1, descending=True)
+    ranked = outputs.sort(1, descending=True).values
     for k in range(6):
         y = int(labels[k])
         others = [float(outputs[k, (y + 1 + j) % 5]) for j in range(4)]  # as `margin_rows` has them

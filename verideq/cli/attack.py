@@ -86,7 +86,6 @@ def attack(
     questions = questions_of(dataset, data, chosen[:limit], network, eps or ["0.1"], check_norm(norm))
     if resume and out is None:
         raise InputError("--resume needs the folder of the run: --out DIR")
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
     fresh = Path("runs") / f"attack-{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
     with joined(choose_device(device)) as (world, place):
         folder = world.lead(lambda: out or fresh)

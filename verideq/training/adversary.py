@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +28,7 @@ from verideq.errors import RecipeError, ResumeError
 from verideq.models.mdeq import general_named
 from verideq.region import parse_eps
 from verideq.training.adversarial import AdversarialLoss, Adversary, cosine, truncated_outputs
+from verideq.training.recipe import read_values
 
 KIND = "adversarial"
 GRADIENTS = ("exact", "phantom")
@@ -160,6 +161,23 @@ def make_adversarial(values: Mapping[str, Any]) -> AdversarialRecipe:
         elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
             raise RecipeError(f"{key}: expected {wanted.__name__}; got {value!r}")
     return AdversarialRecipe(**checked)
+
+
+def kind_of(path: Path) -> object:
+    """The ``kind`` of a recipe; ``None`` for those of certified and standard training."""
+    return read_values(path).get("kind")
+
+
+def read_adversarial(path: Path, settings: Sequence[str] = ()) -> AdversarialRecipe:
+    """A recipe from a TOML file, with settings ``key=value`` on top.
+
+    Raises:
+        RecipeError: as `read_recipe` does.
+    """
+    try:
+        return make_adversarial(read_values(path, settings))
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
 class AdversarialTrainer:

@@ -248,7 +248,15 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         RecipeError: the file cannot be read; a key that does not exist (the message names the nearest one); a value of
             the wrong type or out of range.
     """
-    path = Path(path)
+    values = read_values(Path(path), settings)
+    try:
+        return make_recipe(values)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def read_values(path: Path, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a TOML file with settings on top, unchecked."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -270,10 +278,7 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
             values[table][inner] = value
         else:
             values[table] = value
-    try:
-        return make_recipe(values)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+    return values
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
