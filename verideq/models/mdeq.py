@@ -221,14 +221,26 @@ class MDEQ(DEQ):
 
 
 class DenseCell(nn.Module):
-    """``relu(GN(W_2 relu(GN(W_1 z)) + v) + z)`` and a group norm: the block of an MDEQ for vectors."""
+    """``relu(GN(W_2 relu(GN(W_1 z)) + v) + z)`` and a group norm: the block of an MDEQ for vectors.
 
-    def __init__(self, units: int, expansion: int = 2, groups: int = 8) -> None:
+    Args:
+        units: of the state.
+        expansion: of the hidden layer.
+        groups: of the group norms.
+        scale: of the last group norm at first: far above 1, the step does not contract.
+    """
+
+    def __init__(self, units: int, expansion: int = 2, groups: int = 8, scale: float = 1.0) -> None:
         super().__init__()
         wide = expansion * units
+        if units % groups or units < 2 * groups:
+            raise InputError(
+                f"{units} units: group norms of {groups} groups need a multiple of that, two units a group"
+            )
         self.first, self.second = nn.Linear(units, wide, bias=False), nn.Linear(wide, units, bias=False)
         self.wide_norm, self.norm = nn.GroupNorm(groups, wide), nn.GroupNorm(groups, units)
         self.last_norm = nn.GroupNorm(groups, units)
+        nn.init.constant_(self.last_norm.weight, scale)
 
     def forward(self, z: Tensor, v: Tensor) -> Tensor:
         inner = self.second(F.relu(self.wide_norm(self.first(z))))
@@ -242,12 +254,15 @@ def dense(
     *,
     units: int = 64,
     expansion: int = 2,
+    scale: float = 1.0,
     solver: Solver = _SOLVER,
     gradient: Gradient = _GRADIENT,
 ) -> DEQ:
     """A small general DEQ of vectors, for MNIST."""
     stem = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), units))
-    return DEQ(stem, DenseCell(units, expansion), nn.Linear(units, classes), solver=solver, gradient=gradient)
+    return DEQ(
+        stem, DenseCell(units, expansion, scale=scale), nn.Linear(units, classes), solver=solver, gradient=gradient
+    )
 
 
 SIZES: dict[str, dict[str, object]] = {
