@@ -221,16 +221,9 @@ class MDEQ(DEQ):
 
 
 class DenseCell(nn.Module):
-    """``relu(GN(W_2 relu(GN(W_1 z)) + v) + z)`` and a group norm: the block of an MDEQ for vectors.
+    """``relu(GN(W_2 relu(GN(W_1 z)) + v) + z)`` and a group norm: the block of an MDEQ for vectors."""
 
-    Args:
-        units: of the state.
-        expansion: of the hidden layer.
-        groups: of the group norms.
-        scale: of the last group norm at first: far above 1, the step does not contract.
-    """
-
-    def __init__(self, units: int, expansion: int = 2, groups: int = 8, scale: float = 1.0) -> None:
+    def __init__(self, units: int, expansion: int = 2, groups: int = 8) -> None:
         super().__init__()
         wide = expansion * units
         if units % groups or units < 2 * groups:
@@ -240,7 +233,6 @@ class DenseCell(nn.Module):
         self.first, self.second = nn.Linear(units, wide, bias=False), nn.Linear(wide, units, bias=False)
         self.wide_norm, self.norm = nn.GroupNorm(groups, wide), nn.GroupNorm(groups, units)
         self.last_norm = nn.GroupNorm(groups, units)
-        nn.init.constant_(self.last_norm.weight, scale)
 
     def forward(self, z: Tensor, v: Tensor) -> Tensor:
         inner = self.second(F.relu(self.wide_norm(self.first(z))))
@@ -254,17 +246,47 @@ def dense(
     *,
     units: int = 64,
     expansion: int = 2,
-    scale: float = 1.0,
     solver: Solver = _SOLVER,
     gradient: Gradient = _GRADIENT,
 ) -> DEQ:
     """A small general DEQ of vectors, for MNIST."""
     stem = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), units))
-    return DEQ(
-        stem, DenseCell(units, expansion, scale=scale), nn.Linear(units, classes), solver=solver, gradient=gradient
-    )
+    return DEQ(stem, DenseCell(units, expansion), nn.Linear(units, classes), solver=solver, gradient=gradient)
 
 
+class TanhCell(nn.Module):
+    """``tanh(W z + v)``, nothing normalised: it contracts where ``‖W‖₂ < 1``, and need not converge elsewhere.
+
+    Args:
+        units: of the state.
+        scale: of the orthogonal ``W`` that training begins with.
+    """
+
+    def __init__(self, units: int, scale: float) -> None:
+        super().__init__()
+        self.fusion = nn.Linear(units, units, bias=False)
+        nn.init.orthogonal_(self.fusion.weight, scale)
+
+    def forward(self, z: Tensor, v: Tensor) -> Tensor:
+        return torch.tanh(self.fusion(z) + v)
+
+
+def tanh(
+    input_shape: tuple[int, ...] = (1, 28, 28),
+    classes: int = 10,
+    *,
+    units: int = 64,
+    scale: float = 0.9,
+    solver: Solver = _SOLVER,
+    gradient: Gradient = _GRADIENT,
+) -> DEQ:
+    """The simplest general DEQ; with a `scale` far above 1, one whose solver stops before an equilibrium."""
+    stem = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), units))
+    return DEQ(stem, TanhCell(units, scale), nn.Linear(units, classes), solver=solver, gradient=gradient)
+
+
+DENSE = {"dense-deq": dense, "tanh-deq": tanh}
+"""Models of vectors by name."""
 SIZES: dict[str, dict[str, object]] = {
     "mdeq-two-scales": {"channels": (16, 32), "heads": (8, 16), "final": 64, "expansion": 2, "stem_stride": 2},
     "mdeq-tiny": {"channels": (24, 24), "heads": (8, 16), "final": 200, "dropout": 0.25},
@@ -279,15 +301,15 @@ SIZES: dict[str, dict[str, object]] = {
 
 
 def general_named(name: str, input_shape: tuple[int, ...], classes: int, **options: object) -> DEQ:
-    """A general DEQ by name: ``dense-deq``, or one of `SIZES`.
+    """A general DEQ by name: of `DENSE`, or one of `SIZES`.
 
     Raises:
         UnknownName: another name.
     """
-    if name == "dense-deq":
-        return dense(input_shape, classes, **options)  # type: ignore[arg-type]  # a recipe's options
+    if name in DENSE:
+        return DENSE[name](input_shape, classes, **options)  # type: ignore[arg-type]  # a recipe's options
     if name not in SIZES:
-        raise UnknownName("general DEQ", name, ("dense-deq", *SIZES))
+        raise UnknownName("general DEQ", name, (*DENSE, *SIZES))
     return MDEQ(input_shape, classes, **{**SIZES[name], **options})  # type: ignore[arg-type]  # likewise
 
 
