@@ -2,8 +2,11 @@
 
     verideq train recipes/adversarial/mnist.toml --out PHANTOM
     verideq train recipes/adversarial/mnist.toml --set gradient=exact --out EXACT
+    verideq train recipes/adversarial/mnist.toml --set architecture=tanh-deq --set options.scale=8.0 \\
+        --set gradient=exact --set eps=0.05 --set pretrain_steps=400 --set epochs=3 --set samples=5000 --out STOPPED
     verideq train recipes/mondeq.toml --out STANDARD
-    python benchmarks/attacks.py --phantom PHANTOM --exact EXACT --standard STANDARD/model.safetensors [--out NAME]
+    python benchmarks/attacks.py --phantom PHANTOM --exact EXACT --unconverged STOPPED \\
+        --standard STANDARD/model.safetensors [--out NAME]
 
 Needs MNIST. `--limit` samples of the test split; accuracies are shares of them, the misclassified ones included.
 
@@ -140,6 +143,30 @@ def findings(folder: Path, limit: int) -> dict[str, Any]:
     return result
 
 
+def unconverged(folder: Path, limit: int) -> dict[str, Any]:
+    """Table 1 of the first paper: gradients at a state that is no equilibrium, against what needs none of them."""
+    model, recipe = trained(folder)
+    problem = problem_of(model, recipe.data, "test", range(limit), recipe.eps)
+    exact = Final(Implicit(Broyden(max_steps=recipe.backward_steps)))
+    long = PGD(100, 1, 0.25, decay=False, plain=True)
+    stages = {
+        "PGD-10, exact": Stage(READY_MADE, exact),
+        "PGD-100, exact": Stage(long, exact),
+        "PGD-10, phantom": Stage(READY_MADE, Final(Phantom(5, 0.5))),
+        "PGD-100, phantom": Stage(long, Final(Phantom(5, 0.5))),
+        "Square-1000": Stage(Square(1000)),
+    }
+    report = Suite("single", tuple(stages.values()), prune=False).run(problem)
+    residuals = path(problem.dynamics, problem.dynamics.inject(problem.region.center)).residuals
+    return {
+        "eps": recipe.eps,
+        "loss": recipe.loss,
+        "clean": left(problem.judge(problem.region.center)),
+        "residual": round(float(residuals[-1].median()), 4),
+        "left": {name: left(t.found.margins) for name, t in zip(stages, report.tried, strict=True)},
+    }
+
+
 def standard(path_of: str, limit: int) -> dict[str, Any]:
     """What every suite leaves of a model trained for accuracy alone, at eps 0.3."""
     problem = problem_of(load_model(path_of), "mnist", "test", range(limit), "0.3")
@@ -190,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phantom", type=Path)
     parser.add_argument("--exact", type=Path)
+    parser.add_argument("--unconverged", type=Path)
     parser.add_argument("--standard")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
@@ -198,11 +226,13 @@ def main() -> None:
     torch.set_num_threads(1)
     target = Path(__file__).parent / "results" / f"{chosen.out}.json"
     result = json.loads(target.read_text()) if target.exists() else {}
-    result["command"] = "benchmarks/attacks.py " + " ".join(a for a in sys.argv[1:] if not a.startswith("/"))
+    result.setdefault("commands", []).append(" ".join(a for a in sys.argv[1:] if not a.startswith("/")))
     for name in ("phantom", "exact"):
         if (folder := getattr(chosen, name)) is not None:
             result[name] = findings(folder, chosen.limit)
             target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if chosen.unconverged is not None:
+        result["unconverged"] = unconverged(chosen.unconverged, chosen.limit)
     if chosen.standard:
         result["standard"] = standard(chosen.standard, chosen.limit)
         result["cost, mnist, dense"] = cost(load_model(chosen.standard), "mnist", 256, chosen.rounds)
