@@ -242,7 +242,11 @@ BAD_CALLS = {
     "eps no number": (lambda x, y: dict(eps="a tenth"), RegionError, "eps 'a tenth'"),
     "norm": (lambda x, y: dict(norm="l1"), UnknownName, "unknown norm 'l1'; choose one of: linf, l2"),
     "method": (lambda x, y: dict(method="magic"), UnknownName, "unknown method 'magic'; choose one of: auto, interval"),
-    "attack": (lambda x, y: dict(attack="fgsm"), UnknownName, "unknown attack 'fgsm'; choose one of: none, pgd, standard, intermediate, full"),
+    "attack": (
+        lambda x, y: dict(attack="fgsm"),
+        UnknownName,
+        "unknown attack 'fgsm'; choose one of: none, pgd, standard, intermediate, full",
+    ),
     "timeout": (lambda x, y: dict(timeout=0.0), InputError, "timeout 0.0"),
     "batch size": (lambda x, y: dict(batch_size=0), InputError, "batch_size 0"),
     "C columns": (lambda x, y: dict(C=torch.ones(1, 9)), InputError, r"C has shape \(2, 1, 9\)"),

@@ -450,7 +450,10 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     ),
     "unknown norm": (["good.safetensors", "--norm", "l1"], "unknown norm 'l1'; choose one of: linf, l2"),
     "unknown method": (["good.safetensors", "--method", "ibp"], "unknown method 'ibp'; choose one of: auto, interval"),
-    "unknown attack": (["good.safetensors", "--attack", "fgsm"], "unknown attack 'fgsm'; choose one of: none, pgd, standard, intermediate, full"),
+    "unknown attack": (
+        ["good.safetensors", "--attack", "fgsm"],
+        "unknown attack 'fgsm'; choose one of: none, pgd, standard, intermediate, full",
+    ),
     "unknown device": (["good.safetensors", "--device", "tpu"], "unknown device 'tpu'; choose one of: auto, cpu, cuda"),
     "timeout": (["good.safetensors", "--timeout", "0"], "timeout 0.0"),
     "limit": (["good.safetensors", "--limit", "0"], "--limit 0: give 1 or more"),

@@ -88,6 +88,7 @@ def unrolled_gradient(dynamics: Dynamics, x: Tensor, steps: int = 400) -> Slope:
         Unrolled((8,), 400, 0.8, Picard(max_steps=8)),
         Simultaneous((60,), 1.0),
         Simultaneous((120,), 0.5),
+        Simultaneous((250,), 1.0),
     ],
     ids=lambda s: s.name,
 )
@@ -105,9 +106,9 @@ def test_the_simultaneous_adjoint_comes_closer_with_every_state() -> None:
     exact = unrolled_gradient(dynamics, x).gradient
     errors = [
         float((Simultaneous((n,)).slope(dynamics, x, entropy).gradient - exact).norm() / exact.norm())
-        for n in (1, 4, 8, 16, 24)
+        for n in (1, 4, 8, 16)
     ]
-    assert errors[0] > 1e-2 > 1e-5 > errors[2] > 1e-8 > errors[4]
+    assert errors[0] > 1e-2 > 1e-5 > errors[2] > 1e-9 > errors[3]
     assert all(later < earlier for earlier, later in pairwise(errors))
 
 

@@ -164,7 +164,7 @@ class EntropyReduction(Defence):
                 z = z + moved
                 fresh = dynamics.step(z, injected) - z
             if quasi:
-                inverse.update(moved.flatten(1), (fresh - change).flatten(1))
+                inverse.update(moved.flatten(1), (fresh - change).flatten(1), z.flatten(1))
             change = fresh
             states.append(z)
         return torch.stack(states), injected

@@ -32,11 +32,18 @@ class Inverse:
         """``Bᵀ x`` for (batch, features)."""
         return _times(self.right, self.left, x)
 
-    def update(self, moved: Tensor, changed: Tensor) -> None:
-        """The rank-one update by ``Δz`` and ``Δg``; a sample that has stopped moving keeps its ``B``."""
+    def update(self, moved: Tensor, changed: Tensor, at: Tensor) -> None:
+        """The rank-one update by ``Δz`` and ``Δg`` at ``z``, all (batch, features).
+
+        A sample that has stopped but for rounding keeps its ``B``: the quotient of two roundings is any number.
+        """
         row, image = self.transpose(moved), self.apply(changed)
-        scale = (moved * image).sum(1, keepdim=True)
-        usable = scale.abs() > torch.finfo(scale.dtype).tiny ** 0.5
+        scale, step = (moved * image).sum(1, keepdim=True), moved.norm(dim=1, keepdim=True)
+        eps = torch.finfo(scale.dtype).eps
+        usable = (step > 100 * eps * at.norm(dim=1, keepdim=True)) & (
+            scale.abs() > 100 * eps * step * image.norm(dim=1, keepdim=True)
+        )
+        row = torch.where(usable, row, 0.0)
         column = torch.where(usable, (moved - image) / torch.where(usable, scale, 1.0), 0.0)
         self.left.append(column.nan_to_num(0.0, 0.0, 0.0))
         self.right.append(row.nan_to_num(0.0, 0.0, 0.0))
@@ -79,5 +86,5 @@ def broyden(step: Callable[[Tensor], Tensor], start: Tensor) -> Iterator[Iterate
         moved = -inverse.apply(change.flatten(1)).view_as(value)
         value = value + moved
         fresh = step(value) - value
-        inverse.update(moved.flatten(1), (fresh - change).flatten(1))
+        inverse.update(moved.flatten(1), (fresh - change).flatten(1), value.flatten(1))
         change = fresh
