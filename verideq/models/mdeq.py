@@ -6,7 +6,7 @@ For adversarial training and attacks: their equilibria are not guaranteed, and n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -285,7 +285,7 @@ def tanh(
     return DEQ(stem, TanhCell(units, scale), nn.Linear(units, classes), solver=solver, gradient=gradient)
 
 
-DENSE = {"dense-deq": dense, "tanh-deq": tanh}
+DENSE: dict[str, Callable[..., DEQ]] = {"dense-deq": dense, "tanh-deq": tanh}
 """Models of vectors by name."""
 SIZES: dict[str, dict[str, object]] = {
     "mdeq-two-scales": {"channels": (16, 32), "heads": (8, 16), "final": 64, "expansion": 2, "stem_stride": 2},
@@ -307,10 +307,10 @@ def general_named(name: str, input_shape: tuple[int, ...], classes: int, **optio
         UnknownName: another name.
     """
     if name in DENSE:
-        return DENSE[name](input_shape, classes, **options)  # type: ignore[arg-type]  # a recipe's options
+        return DENSE[name](input_shape, classes, **options)
     if name not in SIZES:
         raise UnknownName("general DEQ", name, (*DENSE, *SIZES))
-    return MDEQ(input_shape, classes, **{**SIZES[name], **options})  # type: ignore[arg-type]  # likewise
+    return MDEQ(input_shape, classes, **{**SIZES[name], **options})  # type: ignore[arg-type]  # a recipe's options
 
 
 def mnist_dense() -> DEQ:
