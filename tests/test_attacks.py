@@ -250,3 +250,16 @@ def test_checkpoints_end_with_the_run() -> None:
 def test_impossible_attacks_are_refused(build: object, error: type[Exception]) -> None:
     with pytest.raises(error):
         build()  # type: ignore[operator]  # a function
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.name)
+def test_every_sample_has_a_radius_of_its_own(attack: Attack, norm: str) -> None:
+    model, x, labels = deq(4)
+    wide, narrow = (problem_of(model, x, labels, eps, norm) for eps in ("0.2", "0.05"))
+    mixed = replace(wide, region=wide.region.with_eps(["0.2", "0.05", "0", "0.2"]))
+    found, alone, other = attack.search(mixed), attack.search(wide), attack.search(narrow)
+    assert bool(mixed.region.contains(found.points).all())
+    torch.testing.assert_close(found.margins[[0, 3]], alone.margins[[0, 3]], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.margins[1], other.margins[1], rtol=1e-6, atol=1e-7)
+    assert torch.equal(found.points[2], x[2])

@@ -80,16 +80,16 @@ class APGD(Attack):
 
     def _climb(self, problem: Problem, x: Tensor, loss: RowLoss) -> tuple[Found, Tensor]:
         found = Found.nothing(problem)
-        eps, region = float(problem.region.eps), problem.region
+        region = problem.region
         value, gradient, margins = problem.climb(x, loss)
         found.note(x, margins)
         blind = vanishing(gradient)
         best, best_value, best_gradient = x, value, gradient
-        size = torch.full_like(value, 2 * eps)
+        size = 2 * region.radii_down()
         before, paid = x, torch.zeros_like(value)
         last_size, last_value = size, best_value
         marks, start = checkpoints(self.steps), 0
-        for step in range(1, self.steps + 1 if eps else 0):
+        for step in range(1, self.steps + 1 if problem.movable else 0):
             if problem.stop():
                 break
             ahead = region.project(x + problem.broadcast(size) * problem.direction(gradient))

@@ -51,7 +51,7 @@ class FAB(Attack):
     def search(self, problem: Problem) -> Found:
         found = Found.nothing(problem)
         found.note(problem.region.center, problem.judge(problem.region.center))
-        if not problem.region.eps:
+        if not problem.movable:
             return found
         blind = torch.ones_like(found.margins, dtype=torch.bool)
         ranked = nearest_rows(problem)
@@ -90,7 +90,7 @@ class FAB(Attack):
             distance = lengths(problem, x - center)
             crossed = problem.judge(x) < 0
             nearer = crossed & (distance < nearest)
-            close = nearer & (distance <= float(region.eps) * (1 + 1e-9))
+            close = nearer & (distance <= region.radii_down() * (1 + 1e-9))
             if bool(close.any()):
                 at = close.nonzero().flatten()
                 kept = problem[at]

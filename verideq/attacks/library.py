@@ -57,7 +57,7 @@ class AutoAttack(Attack):
             if problem.stop():
                 break
             own = problem[torch.tensor([k])]
-            if float(found.margins[k]) < 0 or not region.eps:
+            if float(found.margins[k]) < 0 or not region.radii[k]:
                 continue
             point = self._one(library, own)
             point = own.region.project(point)

@@ -78,7 +78,7 @@ class PGD(Attack):
     def search(self, problem: Problem) -> Found:
         found = Found.nothing(problem)
         blind = torch.ones_like(found.margins, dtype=torch.bool)
-        restarts = range(self.restarts if problem.region.eps else 1)
+        restarts = range(self.restarts if problem.movable else 1)
         # One look at the centre where it is all there is. After the first restart they come in pairs, one with either
         # loss: a small batch takes as long as one twice its size.
         for some in (restarts[:1], *(restarts[k : k + 2] for k in restarts[1::2])):
@@ -100,7 +100,7 @@ class PGD(Attack):
         return Found(found.points, found.margins, blind)
 
     def _start(self, problem: Problem, restart: int) -> Tensor:
-        noisy = (restart > 0 or self.plain) and bool(problem.region.eps)
+        noisy = (restart > 0 or self.plain) and problem.movable
         return problem.random_start(restart) if noisy else problem.region.center
 
     def follow(
@@ -140,14 +140,14 @@ class PGD(Attack):
         found = Found.nothing(problem)
         found.points.copy_(x)
         blind = torch.ones_like(found.margins, dtype=torch.bool)
-        steps, eps = self.steps, float(problem.region.eps)
-        for step in range(steps if eps else 0):
+        steps, reach = self.steps, problem.region.spread(problem.region.radii_down())
+        for step in range(steps if problem.movable else 0):
             _, gradient, margins = problem.climb(x, loss)
             found.note(x, margins)
             blind &= vanishing(gradient)
             if problem.stop():
                 return found, blind
-            size = self.step_size * (1 - 0.95 * step / steps if self.decay else 1) * eps
+            size = self.step_size * (1 - 0.95 * step / steps if self.decay else 1) * reach
             x = problem.region.project(x + size * problem.direction(gradient))
         found.note(x, problem.judge(x))
         return found, blind

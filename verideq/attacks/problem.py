@@ -98,17 +98,21 @@ class Problem:
         """Uniform numbers in [-1, 1], (batch, *shape), by seed, sample and radius; of the input's shape by default."""
         center = self.region.center
         shape = tuple(center.shape[1:]) if shape is None else shape
-        return uniform_noise(self.seed, self.indices, self.region.eps, self.stream + stream, shape).to(center)
+        return uniform_noise(self.seed, self.indices, self.region.radii, self.stream + stream, shape).to(center)
 
     def broadcast(self, values: Tensor) -> Tensor:
         """(batch,) shaped to broadcast over (batch, *features)."""
         return values.view(-1, *[1] * (self.region.center.dim() - 1))
 
+    @property
+    def movable(self) -> bool:
+        """Whether any sample has a radius above 0."""
+        return any(self.region.radii)
+
     def reach(self) -> Tensor:
-        """How far each feature may move, (*features)."""
-        center, weights = self.region.center, self.region.weights
-        own = torch.ones_like(center[0]) if weights is None else weights
-        return float(self.region.eps) * own
+        """How far each feature may move, (batch, *features)."""
+        radii, weights = self.region.spread(self.region.radii_down()), self.region.weights
+        return (radii if weights is None else radii * weights).expand_as(self.region.center)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The steepest direction of the norm, scaled by the weights of the region."""

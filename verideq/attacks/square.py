@@ -51,7 +51,7 @@ class Square(Attack):
         current = problem.region.project(start)
         margins = problem.judge(current)
         found.note(current, margins)
-        for query in range(self.queries if problem.region.eps else 0):
+        for query in range(self.queries if problem.movable else 0):
             active = found.open()
             if not len(active) or problem.stop():
                 break
@@ -151,7 +151,8 @@ def _scaled(problem: Problem, shift: Tensor) -> Tensor:
 
 def _exchange(problem: Problem, x: Tensor, size: tuple[int, ...], cover: float, query: int) -> Tensor:
     """The mass of one window moved to another, as a bump on what is there (Algorithm 3 of the paper)."""
-    region, weights = problem.region, problem.reach() / float(problem.region.eps)
+    region = problem.region
+    weights = torch.ones_like(x[0]) if region.weights is None else region.weights
     shift = torch.where(weights > 0, (x - region.center) / weights.clamp(min=1e-300), 0.0).view(-1, *size)
     sides = _sides(cover, size, min(3, size[1], size[2]))
     batch = torch.arange(len(x), device=x.device)[:, None, None, None]
@@ -165,7 +166,7 @@ def _exchange(problem: Problem, x: Tensor, size: tuple[int, ...], cover: float, 
     both = torch.zeros_like(shift)
     both[here], both[there] = 1.0, 1.0
     taken = (shift * both).square().sum((2, 3), keepdim=True)
-    free = (float(region.eps) ** 2 - mass).clamp(min=0) / size[0]
+    free = (region.radii_down().view(-1, 1, 1, 1) ** 2 - mass).clamp(min=0) / size[0]
     signs = _signs(problem, 3 * query + 3, (size[0], 1, 1))
     old = shift[here]
     fresh = _bumps(*sides, x) * signs + old / (1e-12 + old.square().sum((2, 3), keepdim=True).sqrt())

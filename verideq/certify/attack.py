@@ -11,7 +11,7 @@ import copy
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,13 +92,15 @@ class AttackRun(Run):
         provable = decide is None and not isinstance(self.model, DEQ)
         return _Prepared(dynamics, decide, prepare(self.model, self.device) if provable else None)
 
-    def _work(self, prepared: Any, chunk: range) -> Iterator[tuple[int, Verdict]]:
+    def _work(self, prepared: Any, chunk: range) -> list[tuple[int, Verdict]]:
         q, rows = self.questions, slice(chunk.start, chunk.stop)
         images, labels = q.images[rows].to(self.device), q.labels[rows].to(self.device)
         weights = None if q.weights is None else q.weights.to(self.device)
+        found: list[tuple[int, Verdict]] = []
         for eps in q.eps:
             region = Region(images, eps, q.norm, q.clip, weights=weights)
-            yield from zip(q.indices[rows], self._attack(prepared, region, labels, q.indices[rows]), strict=True)
+            found += zip(q.indices[rows], self._attack(prepared, region, labels, q.indices[rows]), strict=True)
+        return found
 
     def _attack(self, prepared: _Prepared, region: Region, labels: Tensor, indices: list[int]) -> list[Outcome]:
         """The outcomes of one chunk at one radius; an exception costs only the samples that raise it."""
@@ -202,8 +204,8 @@ class AttackRun(Run):
             outputs = self.defence.outputs(prepared.dynamics, x)
         return outputs.to(x)
 
-    def _line(self, index: int, verdict: Verdict, certificate: str | None) -> dict[str, Any]:
-        line = super()._line(index, verdict, certificate)
+    def _line(self, index: int, verdict: Verdict, places: Mapping[bytes, str]) -> dict[str, Any]:
+        line = super()._line(index, verdict, places)
         if not isinstance(verdict, Outcome):
             return line
         clean, attacked = verdict.entropies or (None, None)

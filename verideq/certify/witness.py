@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from verideq.attacks import PGD
+from verideq.attacks import PGD, Suite
 from verideq.box import Box
 from verideq.certify.bound import run_method
 from verideq.certify.method import Bounds, Prepared
@@ -73,7 +73,7 @@ def followed(
     prepared: Prepared,
     part: Task,
     original: nn.Module | None,
-    attack: PGD | None,
+    attack: PGD | Suite | None,
     bounds: Bounds,
     places: list[int],
     stop: Callable[[], bool],

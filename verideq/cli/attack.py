@@ -17,7 +17,7 @@ from verideq.attacks.problem import Problem
 from verideq.attacks.suites import SUITES
 from verideq.certify.attack import AttackRun
 from verideq.certify.bound import margin_rows
-from verideq.certify.decide import Budget
+from verideq.certify.budget import Budget
 from verideq.certify.run import Questions
 from verideq.cli.certify import execute, finish, questions_of
 from verideq.cli.options import (
