@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -57,15 +57,21 @@ class Accounts:
         return self.spent[i] >= share * self.limit
 
     @contextmanager
-    def charged(self, places: Sequence[int], share: float = 1.0) -> Iterator[float]:
+    def charged(
+        self, places: Sequence[int], share: float = 1.0, paid: Mapping[int, float] | None = None
+    ) -> Iterator[float]:
         """Charge the time of the block to some samples; gives its deadline, after a `share` of what they have left.
 
-        A sample that is named twice is charged twice.
+        Args:
+            places: of the samples; one that is named twice is charged twice.
+            share: see above.
+            paid: what is known at the end to be a sample's own, by its place in `places`; the rest is everyone's.
         """
         started = time.monotonic()
         try:
             yield started + share * self.left(places)
         finally:
-            each = (time.monotonic() - started) / max(1, len(places))
-            for i in places:
-                self.spent[i] += each
+            own = paid or {}
+            each = (time.monotonic() - started - sum(own.values())) / max(1, len(places))
+            for k, i in enumerate(places):
+                self.spent[i] += each + own.get(k, 0.0)

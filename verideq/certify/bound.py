@@ -72,6 +72,7 @@ def run_method(
     upper: bool = True,
     deadline: float = math.inf,
     unproved: bool = False,
+    paid: dict[int, float] | None = None,
 ) -> Bounds:
     """`bound`, with the steps that it took and a proof; see `Query`."""
     method_named(method)
@@ -90,7 +91,7 @@ def run_method(
     balls = region if isinstance(region, Region) else None
     solver = Auto(tol=TOLERANCE, max_steps=max_steps)
     rhs = None if rhs is None else rhs.to(box.lower)
-    query = Query(box, balls, C, rhs, solver, tolerance, upper, deadline, unproved)
+    query = Query(box, balls, C, rhs, solver, tolerance, upper, deadline, unproved, {} if paid is None else paid)
     # cuDNN may choose a transform whose error is not bounded entry by entry.
     try:
         with torch.backends.cudnn.flags(enabled=False), until(deadline):

@@ -190,6 +190,7 @@ class Branching:
                 part.halves = part.in_two()
             halves = [(search, half) for search, part in taken for half in part.halves]
             if not halves:
+                self.stage.query.pay(self.accounts.spent)
                 return self.bounds()
             self.bound(halves, CLIMB)
             for _, part in taken:  # those for which there was no time

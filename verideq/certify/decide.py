@@ -134,6 +134,8 @@ def decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module |
             return [v for half in halves for v in decide(prepared, task[half], budget, original)]
         label = None if task.labels is None else int(task.labels[0])
         status, reason = Status.ERROR, f"{type(error).__name__}: {error}"
+        if isinstance(error, NotEnoughMemory):
+            status, reason = Status.UNKNOWN, str(error)
         if isinstance(error, ConvergenceError):
             status, reason = Status.UNKNOWN, "; ".join(map(str, (error, *prepared.missing.values())))
         return [
@@ -248,8 +250,9 @@ def _prove(
     original: nn.Module | None,
 ) -> None:
     """Bound the samples `right`, which are the rows of `part`."""
+    paid: dict[int, float] = {}
     try:
-        with draft.accounts.charged(right, RESERVE) as deadline:
+        with draft.accounts.charged(right, RESERVE, paid) as deadline:
             bounds = run_method(
                 prepared,
                 part.region,
@@ -261,6 +264,7 @@ def _prove(
                 upper=False,
                 deadline=deadline,
                 unproved=budget.check,
+                paid=paid,
             )
     except NoGaugeError as error:
         for i in right:

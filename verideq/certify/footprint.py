@@ -46,6 +46,7 @@ class Footprint:
         rows: that are to be bounded of a sample.
         inputs: of a sample.
         device: where.
+        monotone: a layer of the network has no gauge.
     """
 
     plain: int
@@ -55,6 +56,7 @@ class Footprint:
     rows: int
     inputs: int
     device: torch.device
+    monotone: bool
 
     @staticmethod
     def of(prepared: Prepared, x: Tensor, rows: int) -> Footprint:
@@ -70,7 +72,8 @@ class Footprint:
                 pixels = max(shapes[node.name] // layer.out_channels, shapes[node.inputs[0]] // layer.in_channels)
                 columns.append(pixels * layer.in_channels * math.prod(layer.kernel_size))
         inputs = x[0].numel()
-        return Footprint(max(pairs), max(columns), relaxed, sum(shapes.values()), rows, inputs, prepared.device)
+        total, monotone = sum(shapes.values()), bool(prepared.monotone)
+        return Footprint(max(pairs), max(columns), relaxed, total, rows, inputs, prepared.device, monotone)
 
     @property
     def sample(self) -> int:
@@ -128,7 +131,7 @@ class Footprint:
         """Bytes of a sample, of a row of it, and of what is there once."""
         if method == "interval":
             return self.sample, NUMBER * 2 * self.plain, 0
-        if method == "quadratic":
+        if method == "quadratic" or (self.monotone and method in ("branch-and-bound", "auto")):
             return self.sample + 3 * NUMBER * self.relaxed * self.inputs, self.square, 0
         # Its multipliers are kept, as they are and as a record has them.
         row = self.row + self.relaxed * (2 * NUMBER + 2 * 4)

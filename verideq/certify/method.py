@@ -216,6 +216,8 @@ class Query:
         tolerance: of the deployed solver, in units of the slack.
         upper: whether upper bounds are wanted too.
         deadline: `time.monotonic` at which to hand back what there is; each sample has its share of what is left.
+        paid: seconds that went to single samples, see `parts`; one for all that are selected from it.
+        ids: of the samples, in `paid`.
         unproved: estimates of lower bounds will do, because whoever asks has every proof checked, and believes that.
     """
 
@@ -228,6 +230,12 @@ class Query:
     upper: bool = True
     deadline: float = math.inf
     unproved: bool = False
+    paid: dict[int, float] = field(default_factory=dict)
+    ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            object.__setattr__(self, "ids", tuple(range(len(self))))
 
     def __len__(self) -> int:
         return len(self.box.lower)
@@ -237,14 +245,24 @@ class Query:
         box = Box(self.box.lower[part], self.box.upper[part])
         region = None if self.region is None else self.region[part]
         C, rhs = (None if x is None else x[part] for x in (self.C, self.rhs))
-        return replace(self, box=box, region=region, C=C, rhs=rhs)
+        ids = tuple(self.ids[i] for i in part.tolist())
+        return replace(self, box=box, region=region, C=C, rhs=rhs, ids=ids)
 
     def parts(self, places: Tensor, size: int) -> Iterator[tuple[Tensor, Query]]:
         """Some of the samples a few at a time, and the question about these: each has its own time, and no other's."""
         share = (self.deadline - time.monotonic()) / max(1, len(self))
         for part in torch.split(places, size):
             if len(part) and share > 0:
-                yield part, replace(self.select(part), deadline=time.monotonic() + share * len(part))
+                started, before = time.monotonic(), sum(self.paid.values())
+                own = replace(self.select(part), deadline=started + share * len(part))
+                yield part, own
+                rest = time.monotonic() - started - (sum(self.paid.values()) - before)
+                own.pay([rest / len(part)] * len(part))
+
+    def pay(self, seconds: Sequence[float]) -> None:
+        """Write down what was done for each sample, and for no other."""
+        for i, spent in zip(self.ids, seconds, strict=True):
+            self.paid[i] = self.paid.get(i, 0.0) + spent
 
     def closed(self, lower: Tensor) -> Tensor:
         """(batch,) whether lower bounds, (batch, rows), leave nothing open."""

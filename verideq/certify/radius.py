@@ -104,6 +104,9 @@ def reaches(
         return [Reach(reason=f"the search for the radius ended with {type(error).__name__}: {error}")]
 
 
+Held = Callable[[list[int], Task, float, dict[int, float]], list[bool]]
+
+
 class Proposal(NamedTuple):
     """A radius, the record of it unless no checker is asked, and whether the bound was estimated."""
 
@@ -190,7 +193,7 @@ class _Search:
         self,
         places: Sequence[int],
         brackets: list[Bracket],
-        held: Callable[[list[int], Task, float], list[bool]],
+        held: Held,
         at_once: int,
     ) -> None:
         """Narrow brackets, those of all samples at once.
@@ -199,7 +202,7 @@ class _Search:
             places: the samples.
             brackets: of every sample of the batch.
             held: whether some samples have the property, at the radii of a part; it may lower tops as well. It is told
-                its deadline.
+                its deadline, and writes down what it did for single ones.
             at_once: samples that fit into memory.
         """
         while True:
@@ -209,8 +212,9 @@ class _Search:
             for start in range(0, len(active), at_once):
                 some = active[start : start + at_once]
                 radii = [brackets[i].next() for i in some]
-                with self.accounts.charged(some, SHARE) as deadline:
-                    found = held(some, self._part(some, radii), deadline)
+                paid: dict[int, float] = {}
+                with self.accounts.charged(some, SHARE, paid) as deadline:
+                    found = held(some, self._part(some, radii), deadline, paid)
                 for i, radius, good in zip(some, radii, found, strict=True):
                     brackets[i].seen(radius, good)
 
@@ -230,10 +234,11 @@ class _Search:
         ]
         proposed: dict[int, Proposal] = {}
 
-        def held(active: list[int], part: Task, deadline: float) -> list[bool]:
+        def held(active: list[int], part: Task, deadline: float, paid: dict[int, float]) -> list[bool]:
             bounds = run_method(
                 self.prepared, part.region, part.C, method, self.budget.max_steps, rhs=part.rhs,
                 tolerance=round_up(self.budget.tolerance), upper=False, deadline=deadline, unproved=self.budget.check,
+                paid=paid,
             )  # fmt: skip
             lower = margins_of(bounds, part)
             for k, (i, margin) in enumerate(zip(active, lower, strict=True)):
@@ -253,7 +258,7 @@ class _Search:
                 places = [i for i in places if self.low[i] is None and not self.accounts.late(i, RESERVE)]
                 if places:
                     with self.accounts.charged(places, SHARE) as deadline:
-                        held(places, self._part(places, [Fraction(0)] * len(places)), deadline)
+                        held(places, self._part(places, [Fraction(0)] * len(places)), deadline, {})
             else:
                 self._look(places, brackets, held, self.shape.samples_at_once(method))
         except NoGaugeError:
@@ -292,7 +297,7 @@ class _Search:
             for low, safe, high, end in zip(self.low, self.safe, self.high, self.end, strict=True)
         ]
 
-        def held(active: list[int], part: Task, deadline: float) -> list[bool]:
+        def held(active: list[int], part: Task, deadline: float, paid: dict[int, float]) -> list[bool]:
             points, margins = attack(
                 model, part.region, part.C, part.rhs, indices=part.indices, seed=self.budget.seed,
                 stop=functools.partial(_past, deadline),
@@ -308,7 +313,7 @@ class _Search:
             some = [i for i, _ in certified[start : start + self.shape.attacks_at_once()]]
             if not all(self.accounts.late(i, RESERVE) for i in some):
                 with self.accounts.charged(some, SHARE) as deadline:
-                    held(some, self._part(some, [low for i, low in certified if i in some]), deadline)
+                    held(some, self._part(some, [low for i, low in certified if i in some]), deadline, {})
 
     def _judge(self, active: Sequence[int], brackets: list[Bracket], found: Found) -> list[bool]:
         """Lower the attacked radii, and tops, by what an attack has found; returns which samples it broke."""
