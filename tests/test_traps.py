@@ -75,7 +75,7 @@ def test_the_stopped_iteration_certifies_what_is_false_and_we_do_not() -> None:
         (verdict,) = certify(
             slow, torch.ones(1, 1), None, "0.1", C=-torch.ones(1, 1), rhs=torch.tensor([-105.0]), max_steps=steps
         )
-        assert verdict.status is Status.UNKNOWN
+        assert verdict.status in (Status.UNKNOWN, Status.FALSIFIED)  # the property is false
         assert verdict.margin is None or verdict.margin <= -5
     (verdict,) = certify(
         slow, torch.ones(1, 1), None, "0.1", C=-torch.ones(1, 1), rhs=torch.tensor([-105.0]), attack="pgd"
@@ -180,7 +180,7 @@ def test_a_solver_that_was_stopped_certifies_nothing_false(steps: int) -> None:
     (verdict,) = certify(
         slow, torch.ones(1, 1), None, "0.01", C=-torch.ones(1, 1), rhs=torch.tensor([-1001.0]), max_steps=steps
     )
-    assert verdict.status is Status.UNKNOWN
+    assert verdict.status in (Status.UNKNOWN, Status.FALSIFIED)  # the property is false
 
 
 def test_a_sample_without_time_is_not_certified() -> None:
