@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 ARGS :=
+JOBS ?= 2
 
 # Idle OpenMP threads that spin make a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo 'PYTHON=python3.12 chooses the Python that makes $(VENV); ARGS="..." is passed to verideq certify and to pytest.'
+	@echo 'PYTHON=python3.12 chooses the Python that makes $(VENV); ARGS="..." is passed to verideq certify and to pytest; JOBS=8 tests in as many processes.'
 
 install: $(STAMP) ## make the virtual environment and install verideq into it
 
@@ -36,10 +37,10 @@ certify: $(STAMP) ## certify the bundled model on the digits; e.g. ARGS="--eps 0
 	$(BIN)/verideq certify $(ARGS)
 
 test: $(STAMP) ## run the tests; e.g. ARGS="tests/test_region.py -x"
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 proofs: $(STAMP) ## search for counterexamples to every theorem: two minutes; docs/theorems.md lists them
-	$(BIN)/pytest proofs_checks $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile proofs_checks $(ARGS)
 
 check: $(STAMP) ## lint, check the layout of the code, check the types
 	$(BIN)/ruff check .

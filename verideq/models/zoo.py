@@ -136,7 +136,7 @@ def conv_deq(
     fusion = _convolution(width, width, bias=False)
     parts += layer(extract, fusion, parametrize, [nn.BatchNorm2d(width)], explicit=explicit)
     features = width * (shrunk(rows, stride) // pool) * (shrunk(columns, stride) // pool)
-    parts += [nn.AvgPool2d(pool), nn.Flatten()]
+    parts += [*([nn.AvgPool2d(pool)] if pool > 1 else []), nn.Flatten()]
     if units:
         parts += [nn.Linear(features, units, bias=False), nn.BatchNorm1d(units), nn.ReLU()]
         features = units

@@ -22,12 +22,14 @@ class Sums:
     Args:
         steps: taken so far.
         seconds: spent so far.
+        cpu_seconds: of processors, by this process.
         totals: by name: sums over steps, or over samples.
         solver: the most steps of any equilibrium and sample.
     """
 
     steps: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     totals: dict[str, float] = field(default_factory=dict)
     solver: int = 0
 
@@ -67,6 +69,7 @@ def line_of(epoch: int, eps: float, rate: float, sums: Sums, validation: Epoch) 
         "solver_steps": sums.solver,
         **validation,
         "seconds": round(sums.seconds, 3),
+        "cpu_seconds": round(sums.cpu_seconds, 3),
     }
 
 

@@ -170,7 +170,7 @@ class Trainer:
         return eps_at(self.epoch * self.steps + step, natural=natural, ramp=ramp, final=recipe.radius)
 
     def _train_epoch(self) -> Epoch:
-        recipe, clock = self.recipe, _Clock(self.sums.seconds)
+        recipe, clock = self.recipe, _Clock(self.sums)
         order = torch.randperm(
             len(self.data), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.epoch)
         )
@@ -178,7 +178,7 @@ class Trainer:
         saved = time.monotonic()
         for step in range(self.sums.steps, self.steps):
             self._step(step, order[step * self.batch_size : (step + 1) * self.batch_size][self.part])
-            self.sums.seconds = clock.seconds
+            clock.stamp()
             due = recipe.checkpoint.steps and (step + 1) % recipe.checkpoint.steps == 0
             late = recipe.checkpoint.minutes and time.monotonic() - saved > 60 * recipe.checkpoint.minutes
             if self.world.leads and (due or late) and step + 1 < self.steps:
@@ -188,7 +188,7 @@ class Trainer:
         look = (self.epoch + 1) % every == 0 or self.epoch + 1 == recipe.epochs
         with self.averaged():
             validation = self.validate() if look else _NOTHING
-        self.sums.seconds = clock.seconds
+        clock.stamp()
         return line_of(self.epoch + 1, self.eps(self.steps - 1), self._rate(self.steps - 1), self.sums, validation)
 
     def _step(self, step: int, batch: Tensor) -> None:
@@ -355,14 +355,16 @@ _NOTHING: Epoch = {"validation_error": None, "validation_interval_error": None}
 
 
 class _Clock:
-    """Seconds since a moment, with those from before an interruption."""
+    """Keeps the seconds of an epoch, those from before an interruption included."""
 
-    def __init__(self, before: float) -> None:
-        self.before, self.start = before, time.monotonic()
+    def __init__(self, sums: Sums) -> None:
+        self.sums = sums
+        self.start, self.cpu_start = time.monotonic() - sums.seconds, time.process_time() - sums.cpu_seconds
 
-    @property
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.start
+    def stamp(self) -> None:
+        """Write down the seconds up to now."""
+        self.sums.seconds = time.monotonic() - self.start
+        self.sums.cpu_seconds = time.process_time() - self.cpu_start
 
 
 def _split(data: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset | None]:
