@@ -303,6 +303,44 @@ def test_the_same_claim_in_other_words_is_accepted() -> None:
     assert without.accepted() and without.accepted(exact=True)
 
 
+def _recomputed(head: Head, arrays: Arrays) -> None:
+    head.update(refinements=50, margin="0")
+    for name in BOXES:
+        arrays.pop(name)
+
+
+COMPANIONS: dict[str, Change] = {
+    "as it is": lambda head, arrays: None,
+    "all of the range": put("eps", "5"),
+    "no radius": put("eps", "0"),
+    "l2": put("norm", "l2"),
+    "a wider clip": lambda head, arrays: head.update(clip=["-1", "2"], eps="5"),
+    "nothing moves": lambda head, arrays: (head.update(eps="5"), arrays.update(weights=np.zeros(2))),
+    "one feature moves": lambda head, arrays: (head.update(eps="5"), arrays.update(weights=np.array([0.0, 1.0]))),
+    "another label": lambda head, arrays: head.update(label=1 - head["label"]),
+    "another input": array("input", lambda a: 1 - a),
+    "a tolerance": put("tolerance", "1/1000"),
+    "a specification": lambda head, arrays: (
+        head.update(specification="linear", label=None),
+        arrays.update(C=np.ones((1, 2)), rhs=np.full(1, -9.0)),
+    ),
+}
+
+
+def test_what_stands_beside_a_record_changes_nothing() -> None:
+    torch.manual_seed(2)
+    fusion = IBPMonDEQ.apply(nn.Linear(3, 3, bias=False), m=0.3)
+    folder = made(nn.Sequential(Equilibrium(fusion, nn.Linear(2, 3)), nn.Linear(3, 2)).eval(), 2)
+    recomputed = edited(folder, _recomputed)
+    records = {name: edited(recomputed, change).records[0] for name, change in COMPANIONS.items()}
+    alone = {name: replace(folder, records=(record,)).decide()[0] for name, record in records.items()}
+    assert {accepted for accepted, _ in alone.values()} == {True, False}
+    assert alone["nothing moves"][0] and not alone["all of the range"][0]
+    for a in records:
+        for b in records:
+            assert replace(folder, records=(records[a], records[b])).decide() == [alone[a], alone[b]], (a, b)
+
+
 def test_a_box_recomputed_without_refinement_proves_less() -> None:
     claimed = unpack(CONV.records[0])[0]
     name = boxes(CONV)

@@ -370,7 +370,7 @@ def _states(arrays: dict[str, Array], arithmetic: Arithmetic) -> dict[str, Array
 def regions(claims: Sequence[Claim], arithmetic: Arithmetic) -> Interval:
     """`region` of each claim, (claims, *features): at once where only the inputs differ."""
     first = claims[0]
-    if any((c.eps, c.clip) != (first.eps, first.clip) or c.weights is not None for c in claims[1:]):
+    if any((c.eps, c.clip) != (first.eps, first.clip) or c.weights is not None for c in claims):
         boxes = [region(claim, arithmetic) for claim in claims]
         return np.stack([lo for lo, _ in boxes]), np.stack([hi for _, hi in boxes])
     centers = [claim.center for claim in claims]
