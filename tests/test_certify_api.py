@@ -256,7 +256,10 @@ BAD_CALLS = {
     "rhs": (lambda x, y: dict(C=torch.ones(2, 10), rhs=torch.ones(3)), InputError, r"rhs \(2, 3\)"),
     "rhs infinite": (lambda x, y: dict(C=torch.ones(1, 10), rhs=torch.tensor([-math.inf])), InputError, "finite"),
     "weights shape": (lambda x, y: dict(weights=torch.ones(64)), RegionError, r"eps weights have shape \(64,\)"),
-    "weights negative": (lambda x, y: dict(weights=-torch.ones(1, 8, 8)), RegionError, "0 or more"),
+    "weights negative": (lambda x, y: dict(weights=-torch.ones(1, 8, 8)), RegionError, "must be 0, or between"),
+    "weights tiny": (lambda x, y: dict(weights=torch.full((1, 8, 8), 1e-99, dtype=torch.float64)), RegionError, "be 0"),
+    "weights huge": (lambda x, y: dict(weights=torch.full((1, 8, 8), 1e99, dtype=torch.float64)), RegionError, "be 0"),
+    "eps huge": (lambda x, y: dict(eps="1e400"), RegionError, "eps '1e400' is larger than any float64"),
 }
 
 

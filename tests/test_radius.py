@@ -245,6 +245,32 @@ def test_radii_without_a_valid_range_and_with_weights() -> None:
         assert float(verdict.radius or 0) >= 0.99 * truth and float(verdict.attacked_radius or 9) <= 1.01 * truth
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("weights", [(0.0, 2.0**-280), (2.0**-280, 2.0**-290), (0.0, 0.0)])
+@pytest.mark.parametrize("eps", ["1e-400", "1e-3", "1e300"])
+def test_radii_that_no_float64_tells_apart(norm: str, weights: tuple[float, float], eps: str) -> None:
+    net = torch.nn.Linear(2, 2).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+        net.bias.copy_(torch.tensor([-1.0, 0.0]))
+    x, label = torch.tensor([[0.5, 0.5]]).double(), torch.tensor([0])
+    (verdict,) = certify(
+        net, x, label, eps, norm=norm, weights=torch.tensor(weights, dtype=torch.float64), radius=True, attack="pgd"
+    )
+    # The whole range is left, one feature or two; or nothing moves, and everything holds.
+    reach = 0.25 / max(weights) if any(weights) else math.inf
+    certified, attacked = verdict.radius or Fraction(0), verdict.attacked_radius or Fraction(2) ** 1001
+    assert verdict.reason in ("", "a point of the region provably lacks the property")
+    assert 0 < certified < attacked and certified <= (Fraction(2) ** 1000 if reach == math.inf else 2 * Fraction(reach))
+    assert radii.Bracket(Fraction(0), Fraction(1, 10**400), Fraction(0), radii.NEAR).next() > 0
+
+
+@given(st.fractions(min_value=1, max_value=10**9), st.integers(-2000, 2000), st.sampled_from((1, 2)))
+def test_a_short_number_is_near(value: Fraction, exponent: int, root: int) -> None:
+    value *= Fraction(2) ** exponent
+    assert abs(radii._short(value, root) ** root - value) <= value / 2**13
+
+
 # --- when something is wrong ------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ from verideq.errors import RegionError, UnknownName
 
 Norm = Literal["linf", "l2"]
 NORMS: tuple[str, ...] = get_args(Norm)
+HEAVIEST = 2.0**300
+"""The largest weight of a feature, and its reciprocal the smallest but 0."""
 
 Radius = int | float | str | Fraction
 
@@ -27,7 +29,7 @@ def parse_eps(value: Radius, what: str = "eps") -> Fraction:
     A string is the rational that it spells; a float is the binary number that it is. `what` it is called in errors.
 
     Raises:
-        RegionError: it is negative, NaN, infinite, or no number.
+        RegionError: it is negative, NaN, infinite, too large for float64, or no number.
 
     >>> parse_eps("8/255")
     Fraction(8, 255)
@@ -44,6 +46,8 @@ def parse_eps(value: Radius, what: str = "eps") -> Fraction:
         raise RegionError(f"{what} {value!r} is not a finite number; write e.g. 0.1 or 8/255") from None
     if eps < 0:
         raise RegionError(f"{what} {value!r} is negative; a radius is 0 or more")
+    if eps > Fraction(torch.finfo(torch.float64).max):
+        raise RegionError(f"{what} {value!r} is larger than any float64")
     return eps
 
 
@@ -76,7 +80,7 @@ class Region:
         eps: the radius in pixel units, kept as an exact rational (see `parse_eps`); or one radius a sample.
         norm: ``"linf"`` or ``"l2"``.
         clip: the valid range ``(low, high)``, or ``None`` for no range.
-        weights: optional (*features), nonnegative: feature ``i`` may move by ``eps * weights[i]``.
+        weights: optional (*features), 0 or more: feature ``i`` may move by ``eps * weights[i]``.
 
     Raises:
         RegionError: NaN or infinity in the centre, a centre outside `clip`, an eps that is no radius, not one radius a
@@ -114,8 +118,12 @@ class Region:
                     f"eps weights have shape {tuple(self.weights.shape)}, the features {tuple(self.center.shape[1:])}; "
                     "give one weight a feature"
                 )
-            if not bool((self.weights.isfinite() & (self.weights >= 0)).all()):
-                raise RegionError("eps weights must be finite and 0 or more")
+            usable = (self.weights >= 1 / HEAVIEST) & (self.weights <= HEAVIEST)
+            if not bool((usable | (self.weights == 0)).all()):
+                raise RegionError(
+                    f"eps weights must be 0, or between {1 / HEAVIEST:.3g} and {HEAVIEST:.3g}: beyond it a product "
+                    "with them is lost in float64"
+                )
 
     def __len__(self) -> int:
         return len(self.center)

@@ -344,7 +344,8 @@ class Program:
         weights = np.ones(self.inputs)
         if region is not None and region.weights is not None:
             weights = region.weights.flatten().cpu().numpy()
-        reach = weights * (float(region.radii_up()[self.place]) if region is not None else 1.0)
+        with np.errstate(over="ignore"):  # what may move infinitely far is not held
+            reach = weights * (float(region.radii_up()[self.place]) if region is not None else 1.0)
         moves = reach > 0
         reach = np.where(moves, reach, 1.0)
         scale, offset = self.scale[: self.inputs], self.offset[: self.inputs]

@@ -43,6 +43,8 @@ LEAST = Fraction(1, 2**24)
 """The smallest radius that is tried, as a share of the largest."""
 MOST = 1024
 """The largest where there is no valid range, in units of the largest eps asked for."""
+LARGEST = Fraction(2) ** 1000
+"""No larger radius is looked at: sums of such numbers are no float64."""
 SHARE = 0.5
 """Of the time that is left, what one look at a radius may take."""
 RESERVE = 0.85
@@ -381,8 +383,7 @@ class Bracket:
         if not self.bottom:
             return _short(self.top / 4)
         # First just above the bottom: often there is nothing to be had. Then halving the ratio.
-        middle = Fraction(math.sqrt(float(self.bottom) * float(self.top)))
-        near = _short(self.bottom * (1 + self.close) if self.fresh else middle)
+        near = _short(self.bottom * (1 + self.close)) if self.fresh else _short(self.bottom * self.top, root=2)
         return near if self.bottom < near < self.top else (self.bottom + self.top) / 2
 
     def seen(self, radius: Fraction, held: bool) -> None:
@@ -398,7 +399,8 @@ def _past(deadline: float) -> bool:
     return time.monotonic() > deadline
 
 
-def _short(value: Fraction) -> Fraction:
-    """The nearest number of 16 binary digits."""
-    mantissa, exponent = math.frexp(float(value))
-    return Fraction(round(mantissa * 2**16)) * Fraction(2) ** (exponent - 16)
+def _short(value: Fraction, root: int = 1) -> Fraction:
+    """About the number, or its square root, to 16 binary digits: no float64 holds the smallest and largest radii."""
+    exponent = (value.numerator.bit_length() - value.denominator.bit_length()) // root - 16
+    whole = value / Fraction(2) ** (root * exponent)
+    return Fraction(math.isqrt(int(whole)) if root == 2 else round(whole)) * Fraction(2) ** exponent
