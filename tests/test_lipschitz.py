@@ -194,6 +194,23 @@ def test_a_solver_that_fails_costs_nothing_but_its_gain(monkeypatch: pytest.Monk
         assert bool((whole * 0.99 <= found).all()) and bool((found <= crude * (1 + 1e-9)).all())
 
 
+def test_no_row_is_begun_that_the_time_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, now, asked = prepare(gauged()), [0.0], [0]
+    problem = unit(form_of(prepared, torch.zeros(1, 3).double(), monotone=False), torch.eye(4).double(), False)
+
+    def slow(W: Tensor, U: Tensor, c: Tensor, tau: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        now[0], asked[0] = now[0] + 3, asked[0] + 1
+        return tau, s
+
+    monkeypatch.setattr("verideq.certify.lipschitz.proposed", slow)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    every = torch.ones(4, dtype=torch.bool)
+    for deadline, rows in ((0.0, 0), (11.9, 3), (12.1, 4), (12.1, 4)):
+        now[0], asked[0] = 0.0, 0
+        slopes_of(replace(prepared, slopes={}), problem, every, deadline)
+        assert asked[0] == rows
+
+
 def test_what_is_too_large_for_the_quadratic_dual_goes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     close = lipschitz_constants(gauged(), shape=(3,))
     monkeypatch.setattr(constants, "LARGEST", 1)

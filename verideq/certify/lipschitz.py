@@ -42,7 +42,7 @@ from verideq.certify.quadratic import (
     pose,
     quadratic_steps,
 )
-from verideq.certify.semidefinite import UNITS, proposed
+from verideq.certify.semidefinite import UNITS, proposed, seconds
 from verideq.errors import NoGaugeError
 
 ROOM = 2.0**-20
@@ -131,15 +131,18 @@ def slopes_of(prepared: Prepared, problem: Problem, wanted: Tensor, deadline: fl
     if len(problem.form.W) > UNITS:
         return best
     tau, s = best.tau.clone(), best.s.clone()
+    expected = seconds(len(problem.form.W), s.shape[1])
     for row in wanted.nonzero().flatten().tolist():
         c = problem.c[row]
         # A row and its negative have the same answer.
         first = c[c != 0][:1]
         name = (problem.ball, (c * first.sign() if len(first) else c).cpu().numpy().tobytes())
         if name not in prepared.slopes:
-            if time.monotonic() > deadline:
+            started = time.monotonic()
+            if started + expected > deadline:  # a solver that has begun does not stop
                 break
             prepared.slopes[name] = proposed(problem.form.W, problem.form.U, c, best.tau[row], best.s[row])
+            expected = time.monotonic() - started
         tau[row], s[row] = (x.to(tau) for x in prepared.slopes[name])
     return best.or_better(problem, Slopes(tau, s))
 

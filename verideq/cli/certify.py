@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from verideq.certify.bound import METHODS
 from verideq.certify.budget import Budget
 from verideq.certify.run import Questions, Run
 from verideq.cli.options import (
@@ -52,10 +53,7 @@ def certify(
         typer.Option(help="A radius in pixel units, 0.1 or 8/255; repeat the option for several.", metavar="E"),
     ] = None,
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
-    method: Annotated[
-        str,
-        typer.Option(help="auto, interval, adjoint, adjoint-refined, adjoint-ascent, quadratic or branch-and-bound."),
-    ] = "auto",
+    method: Annotated[str, typer.Option(help=f"auto, {', '.join(METHODS)}.")] = "auto",
     attack: Annotated[
         str, typer.Option(help="none, pgd, standard, intermediate or full: look for counterexamples too.")
     ] = "pgd",
