@@ -330,6 +330,8 @@ def test_a_norm_is_proved_and_close(place: int) -> None:
         float(balls.spectral(EXACT, EXACT.exactly(matrix))[0]),
     ):
         assert truth * (1 - 1e-12) <= found <= truth * (1 + 1e-5)
+    # Or the checker has wider values than those that a proposed box is made for.
+    assert proving.spectral(torch.from_numpy(matrix)) >= float(balls.spectral(FLOAT, matrix)[0])
 
 
 def test_norms_of_nothing_and_of_too_much() -> None:
@@ -407,6 +409,16 @@ def test_what_is_proposed_is_accepted(name: str, method: str) -> None:
         assert [reason for accepted, reason, _ in decisions if not accepted] == []
         certified += len(records)
     assert certified
+
+
+def test_a_box_behind_a_norm_is_accepted() -> None:
+    """What is injected is as far away as the norm of the layer before it says, and the gauge leaves little room."""
+    fusion = linear([[0.5, 0.5 - 2.0**-24], [-0.5, 0.5 - 2.0**-24]])
+    layer = Equilibrium(nn.Linear(2, 2, bias=False), linear([[1.0, 1.0], [1.0, -1.0]], [1.0, 1.0]))
+    layer.fusion.weight = fusion.weight
+    prepared = prepare(nn.Sequential(linear([[0.6, 0.8], [-0.8, 0.6]]), layer, linear([[1.0, 0.0], [0.0, 0.0]])))
+    (verdict,) = certify(prepared, torch.tensor([[0.5, 0.5]]), torch.tensor([0]), "1/4", norm="l2", method="interval")
+    assert verdict.certified and verdict.checked, verdict.reason
 
 
 def test_a_deployed_tolerance_ends_a_ball() -> None:
