@@ -746,6 +746,19 @@ def test_version_and_help(here: Path, capsys: Capture) -> None:
     assert output.err == ""
 
 
+def test_help_and_pages_have_every_option_and_method(here: Path, capsys: Capture) -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    page, methods = ((docs / name).read_text(encoding="utf-8") for name in ("command-line.md", "methods.md"))
+    assert run(["certify", "--help"]) == 0
+    text = capsys.readouterr().out
+    options = set(re.findall(r"--[a-z-]+", text)) - {"--help"}
+    listed = page[page.index("## `verideq certify") : page.index("## `verideq check")]
+    assert options == set(re.findall(r"^\| `(--[a-z-]+)", listed, re.MULTILINE))
+    words = "".join(text.replace("│", " ").split())
+    assert f"auto,{','.join(METHODS)}." in words
+    assert all(f"| `{method}` |" in methods and f"`{method}`" in listed for method in METHODS)
+
+
 def test_python_m_verideq(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(
