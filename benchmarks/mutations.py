@@ -139,9 +139,11 @@ def _digits() -> Folder:
     return replace(_made("digits", load_model(BUNDLED), images, "1/50"), weight=1)  # rational arithmetic takes seconds
 
 
-def _proved(name: str, make: Callable[[], nn.Module], seed: int, eps: str, needs: str, method: str) -> Folder:
+def _proved(
+    name: str, make: Callable[[], nn.Module], seed: int, eps: str, needs: str, method: str, norm: str = "linf"
+) -> Folder:
     torch.manual_seed(seed)
-    return _made(name, make(), torch.rand(64, 2), eps, needs, method=method)
+    return _made(name, make(), torch.rand(64, 2), eps, needs, method=method, norm=norm)
 
 
 def _wide() -> nn.Sequential:
@@ -173,6 +175,12 @@ KINDS: dict[str, Callable[[], Folder]] = {
     "tree": lambda: _proved("tree", _wide, 2, "1/2", "'below'", "branch-and-bound"),
     "quadratic": lambda: _proved("quadratic", _monotone, 1, "1/20", "q/tau", "quadratic"),
     "quadratic tree": lambda: _proved("quadratic tree", _monotone, 6, "1/6", "'below'", "branch-and-bound"),
+    "exact": lambda: _proved("exact", _wide, 2, "1/2", "'below'", "exact"),
+    "ball": lambda: _proved("ball", _monotone, 1, "1/20", "state", "interval", "l2"),
+    "ball tightenings": lambda: _proved("ball tightenings", _wide, 2, "1/2", "units", "adjoint-refined", "l2"),
+    "ball quadratic": lambda: _proved("ball quadratic", _monotone, 1, "1/10", "q/tau", "quadratic", "l2"),
+    "lipschitz": lambda: _proved("lipschitz", _monotone, 8, "1/20", "q/tau", "lipschitz"),
+    "ball lipschitz": lambda: _proved("ball lipschitz", _monotone, 9, "1/5", "q/tau", "lipschitz", "l2"),
 }
 """A maker for every kind of record."""
 
