@@ -382,6 +382,54 @@ def test_two_calls_of_one_layer_share_its_weights() -> None:
     assert len(list(module.parameters())) == len(list(model.parameters()))
 
 
+class TwoInputs(nn.Module):
+    """An equilibrium of one input, added to what the other one gives; the same layer on both, if asked."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.one, self.last = dense(4, 4), nn.Linear(4, 2)
+        self.other = self.one if shared else nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.last(self.one(x) + self.other(y))
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one perturbed", "both perturbed"])
+@pytest.mark.parametrize("shared", [False, True], ids=["two layers", "one layer"])
+def test_models_of_two_inputs(shared: bool, both: bool) -> None:
+    model, x, y = TwoInputs(shared), torch.rand(3, 4), torch.rand(3, 4)
+    lirpa.register()
+    module = AL.BoundedModule(model, (x, y))
+    draw = torch.Generator().manual_seed(0)
+    corners = [torch.randint(2, (300, *x.shape), generator=draw) * 0.2 - 0.1 for _ in range(2)]
+    if not both:
+        corners[1].zero_()
+    with torch.no_grad():
+        values = model((x + corners[0]).flatten(0, 1), (y + corners[1]).flatten(0, 1)).view(300, 3, 2)
+    for method in ("IBP", "CROWN-IBP", "CROWN"):
+        asked = (ball(x), ball(y) if both else y)
+        lower, upper = (side.detach() for side in module.compute_bounds(x=asked, method=method))
+        assert bool((lower <= values.amin(0) + 1e-9).all()) and bool((upper >= values.amax(0) - 1e-9).all()), method
+
+
+@pytest.mark.parametrize("name", ["deq, linear", "ends in a deq", "deq, deq", "conv deq, conv"])
+def test_a_ball_of_radius_zero_and_a_batch_of_one(name: str) -> None:
+    shape, make = ARCHITECTURES[name]
+    model, x = make().eval(), torch.randn(1, *shape)
+    for split in (False, True):
+        module = wrapped(model, x, split=split)
+        for method in METHODS:
+            for side in bounds(module, ball(x, eps=0.0), method):
+                torch.testing.assert_close(side, model(x).detach(), rtol=0, atol=1e-9)
+        low, high = spread(model, x, *LINF)
+        both = bounds(module, ball(x), "CROWN")
+        assert bool((both[0] <= low + 1e-9).all()) and bool((both[1] >= high - 1e-9).all())
+        for number, side in enumerate(("lower", "upper")):
+            off = {f"bound_{'upper' if side == 'lower' else 'lower'}": False}
+            found = module.compute_bounds(x=(ball(x),), method="CROWN", **off)[number]
+            torch.testing.assert_close(found.detach(), both[number], rtol=0, atol=1e-12)
+
+
 def test_layers_without_a_gauge_and_perturbed_weights_are_refused() -> None:
     x = torch.rand(2, 4)
     monotone = nn.Sequential(Equilibrium(MonDEQ.apply(nn.Linear(6, 6, bias=False), m=1.0), nn.Linear(4, 6)))
