@@ -1,6 +1,6 @@
 """Whether any attack breaks what was certified: bounds, checker and attacks held against one another.
 
-    python benchmarks/consistency.py [--samples N] [--models NAME ...] [--mondeq FILE] [--out NAME]
+    python benchmarks/consistency.py [--samples N] [--models NAME ...] [--finished NAME=FILE ...] [--out NAME]
 
 Of every model some samples are certified by `auto`, at a few radii and at the largest radius that `--radius` finds for
 each of them; what is certified is attacked at exactly that radius, by the suite `full`, which holds the attacks of all
@@ -10,8 +10,8 @@ each claim is then evaluated rigorously: it must neither break the sample nor li
 1 if any does, or lies outside its ball.
 
 The models: the bundled one (which `recipes/digits.toml` makes), `recipes/digits-standard.toml`, `recipes/mondeq.toml`
-(MNIST; `--mondeq` names a finished one), small ones that are trained here in seconds, dense and convolutional, and
-random ones of every parametrization, labelled by themselves.
+(MNIST), small ones that are trained here in seconds, dense and convolutional, and random ones of every parametrization,
+labelled by themselves. `--finished` names model files of recipes that were trained before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -120,11 +120,11 @@ class Claim:
     margin: float = 0.0
 
 
-def claims_of(case: Case, norm: str, timeout: float | None = None) -> list[Claim]:
-    """What `auto` certifies of a case."""
+def claims_of(case: Case, norm: str, timeout: float | None = None, *, radius: bool = True) -> list[Claim]:
+    """What `auto` certifies of a case; with `radius` at the largest one of each sample too."""
     claims = set()
     for eps in case.eps[norm]:
-        last = eps == case.eps[norm][-1]
+        last = radius and eps == case.eps[norm][-1]
         verdicts = certify(case.model, case.images, case.labels, eps, norm=norm, timeout=timeout, radius=last)
         for k, verdict in enumerate(verdicts):
             if verdict.certified and verdict.margin is not None:
@@ -222,25 +222,20 @@ def random_case(kind: str, seed: int, samples: int) -> Case:
     return Case(model, images, labels, {"linf": ("0.01", "0.05"), "l2": ("0.05",)})
 
 
-def cases(samples: int, mondeq: str | None = None) -> Iterator[tuple[str, Callable[[], Case]]]:
+def cases(samples: int, finished: Mapping[str, str]) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Every model by name; what is not asked for is not trained."""
-    recipes = Path(__file__).resolve().parent.parent / "recipes"
     linf, l2 = ("0.02", "0.05", "0.1"), ("0.1", "0.3")
+
+    def of(name: str) -> nn.Module:
+        recipe = Path(__file__).resolve().parent.parent / "recipes" / f"{name}.toml"
+        return load_model(finished[name]) if name in finished else trained(read_recipe(recipe))
+
     yield "bundled", lambda: on(load_model(BUNDLED), "digits", samples, linf, l2)
-    yield (
-        "digits-standard",
-        lambda: on(trained(read_recipe(recipes / "digits-standard.toml")), "digits", samples, ("0.01", "0.03"), l2),
-    )
+    yield "digits-standard", lambda: on(of("digits-standard"), "digits", samples, ("0.01", "0.03"), l2)
     yield "quick dense", lambda: on(quick("linear-deq", width=24), "digits", samples, linf, l2)
     yield "quick convolution", lambda: on(quick("conv-deq", width=3), "digits", samples, linf, l2)
-    if mondeq or os.environ.get("VERIDEQ_DATA"):
-        yield (
-            "mondeq",
-            lambda: on(
-                load_model(mondeq) if mondeq else trained(read_recipe(recipes / "mondeq.toml")),
-                "mnist", samples, ("0.02", "0.05"), ("0.2",),
-            ),
-        )  # fmt: skip
+    if os.environ.get("VERIDEQ_DATA"):
+        yield "mondeq", lambda: on(of("mondeq"), "mnist", samples, ("0.02", "0.05"), ("0.2",))
     for number, kind in enumerate(PARAMETRIZATIONS):
         for seed in (2 * number, 2 * number + 1):
             yield f"random {kind} {seed % 2}", lambda kind=kind, seed=seed: random_case(kind, seed, samples)  # type: ignore[misc]  # defaults bind
@@ -254,7 +249,7 @@ def main() -> int:
         "--suites", nargs="+", choices=[*SUITES, "thin"], default=["full"], help="full holds the others"
     )
     parser.add_argument("--norms", nargs="+", choices=["linf", "l2"], default=["linf", "l2"])
-    parser.add_argument("--mondeq", help="a model file made by recipes/mondeq.toml")
+    parser.add_argument("--finished", nargs="+", default=[], metavar="RECIPE=FILE", help="do not train these")
     parser.add_argument("--timeout", type=float, default=2.0, help="of auto, seconds a sample")
     parser.add_argument("--out", default="consistency")
     chosen = parser.parse_args()
@@ -263,7 +258,7 @@ def main() -> int:
     result: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
     suites = [{**SUITES, "thin": THIN}[name] for name in chosen.suites] + [GRADIENTS]
     bad = False
-    for name, make in cases(chosen.samples, chosen.mondeq):
+    for name, make in cases(chosen.samples, dict(pair.split("=", 1) for pair in chosen.finished)):
         if chosen.models and not any(name.startswith(start) for start in chosen.models):
             continue
         case = make()
