@@ -453,7 +453,7 @@ def test_numbers_that_overflow_are_refused() -> None:
             bounds(module, ball(x, eps=math.inf), method)
 
 
-def test_the_calls_of_newer_versions() -> None:
+def test_the_calls_of_newer_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.7.1 hands every node the rows that it is about, as unit numbers or as (channel, row, column), and shapes."""
     model, x = nn.Sequential(conv(1, 2), *flat(2, 4)), torch.randn(2, *IMAGE)
     module = wrapped(model, x, split=False)
@@ -481,6 +481,11 @@ def test_the_calls_of_newer_versions() -> None:
     node.alpha["start"] = every.fill_(1.5)
     node.clip_alpha()
     assert float(node.alpha["start"].max()) == 1
+    # A convolution in patches mode asks how many slopes it shall have, whatever its patches are by now.
+    monkeypatch.setattr(sys.modules["verideq.certify.lirpa.nodes"], "OLD", False)
+    node.patch_size, start.mode = {}, "patches"
+    node.bound_backward(None, A, *node.inputs, unstable_idx=None, **calls)
+    assert node.patch_size == {"start": (2, 2, 4, 4, 2, 4, 4)}
     # A subset of a batch, and rows of which nothing is said.
     node.alpha_beta_update_mask = torch.tensor([True, False])
     assert node.chosen(0, A[:, :1], start, None).shape == (32, 1, 2, 4, 4)
