@@ -151,7 +151,7 @@ def test_no_point_of_a_ball_lies_outside_and_each_method_is_tighter(name: str, n
     low, high = spread(model, x, norm, eps)
     widths: dict[tuple[bool, str], float] = {}
     for split in (False, True):
-        module = wrapped(model, x, split=split, optimize_bound_args={"iteration": 2})
+        module = wrapped(model, x, split=split, optimize_bound_args={"iteration": 3})
         torch.testing.assert_close(module(ball(x, norm, eps)), model(x), rtol=0, atol=1e-9)
         found = {}
         for method in (*METHODS, "alpha-CROWN"):
@@ -164,7 +164,7 @@ def test_no_point_of_a_ball_lies_outside_and_each_method_is_tighter(name: str, n
             # Optimised slopes of auto_LiRPA's own ReLUs may start elsewhere than CROWN's, so that a row can be looser.
             assert float((lower - lower_alpha).max()) <= 1e-9
             assert float((upper_alpha - upper).max()) <= 1e-9
-        assert widths[split, "alpha-CROWN"] <= widths[split, "CROWN"]
+        assert widths[split, "alpha-CROWN"] <= widths[split, "CROWN"] * (1 + 1e-9)
         # In the last one rows are units: their slopes are at their best before the first step.
         assert widths[split, "alpha-CROWN"] < widths[split, "CROWN"] or name == "ends in a deq"
     for method in METHODS:
