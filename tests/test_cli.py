@@ -477,9 +477,9 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "builder with arguments": (["builders:needs"], "builders:needs raised TypeError: .*argument"),
     "builder gives text": (
         ["builders:gives_text"],
-        "builders:gives_text gave a str; a builder returns a torch.nn.Module",
+        "builders:gives_text gave a value of type str; a builder returns a torch.nn.Module",
     ),
-    "builder is a number": (["builders:number"], "builders:number gave a int"),
+    "builder is a number": (["builders:number"], "builders:number gave a value of type int"),
     "missing weights": (["builders:small", "--weights", "none.pt"], "there is no weights file none.pt"),
     "foreign weights": (
         ["builders:small", "--weights", "foreign.safetensors"],

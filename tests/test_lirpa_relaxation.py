@@ -255,13 +255,6 @@ def test_coefficients_in_their_four_forms() -> None:
             dense(strange, (4,))
 
 
-def test_the_outputs_that_patches_are_about() -> None:
-    whole = SimpleNamespace(patches=torch.zeros(3, 2, 5, 4, 1, 3, 3), unstable_idx=None)
-    assert coefficients.outputs_of(whole) == (3, 5, 4)
-    some = SimpleNamespace(patches=torch.zeros(7, 2, 1, 3, 3), unstable_idx=(0, 0, 0), output_shape=(2, 3, 5, 4))
-    assert coefficients.outputs_of(some) == (3, 5, 4)
-
-
 def node(kind: str, *inputs: object, norm: float | None = None, perturbed: bool = True) -> SimpleNamespace:
     made = type(kind, (SimpleNamespace,), {})(inputs=list(inputs), perturbed=perturbed)
     if kind in ("BoundRelu", "BoundTanh"):

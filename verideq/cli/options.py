@@ -111,7 +111,9 @@ def _build(module: str, name: str) -> nn.Module:
     if builder is None:
         raise ModelError(f"the module {module} has no {name!r}")
     if not isinstance(built, nn.Module):
-        raise ModelError(f"{module}:{name} gave a {type(built).__name__}; a builder returns a torch.nn.Module")
+        raise ModelError(
+            f"{module}:{name} gave a value of type {type(built).__name__}; a builder returns a torch.nn.Module"
+        )
     return built.eval()
 
 

@@ -57,15 +57,6 @@ def _plain(patches: Any) -> bool:
     return patches.patches is not None and isinstance(patches.stride, int) and not patches.inserted_zeros and not padded
 
 
-def outputs_of(patches: Any) -> tuple[int, int, int]:
-    """The outputs that patches are coefficients of: channels, height, width."""
-    if patches.unstable_idx is None:
-        channels, _, height, width = patches.patches.shape[:4]
-    else:
-        _, channels, height, width = patches.output_shape
-    return int(channels), int(height), int(width)
-
-
 def refuse_balls(v: Any, *, interval: bool) -> None:
     """Nothing, unless bounds come from the centre of an l2 (or l1, ...) ball where the ball was meant.
 

@@ -13,7 +13,7 @@ from auto_LiRPA.linear_bound import LinearBound
 from torch import Tensor
 
 from verideq.box import Box
-from verideq.certify.lirpa.coefficients import before, dense, outputs_of, refuse_balls
+from verideq.certify.lirpa.coefficients import before, dense, refuse_balls
 from verideq.certify.lirpa.recording import layer_of, pre_activation
 from verideq.certify.lirpa.relaxation import Relaxation
 from verideq.certify.lirpa.snapshot import Snapshot, carry
@@ -107,9 +107,9 @@ class _Equilibrium(BoundOptimizableActivation):
                 sides.append(None)
                 constants.append(0)
                 continue
-            if type(last).__name__ == "Patches" and not OLD:
-                # Its way of asking for slopes by position; 0.3 asks a ReLU only.
-                channels, height, width = outputs_of(last)
+            if getattr(start_node, "mode", None) == "patches" and not OLD:
+                # From patches, which may be a matrix by now, it takes the number of slopes; 0.3 asks a ReLU only.
+                channels, height, width = start_node.output_shape[1:]
                 self.patch_size[start_node.name] = (channels, A.shape[1], height, width, *state)
             places = getattr(last, "unstable_idx", None) if unstable_idx is None else unstable_idx
             alpha = self.chosen(side, A, start_node, places)
@@ -158,6 +158,8 @@ class _Equilibrium(BoundOptimizableActivation):
         if own.shape[1] != A.shape[1] and mask is not None:
             own = own[:, mask]
         if len(own) not in (1, len(A)) and places is not None:
+            # With many units to choose for, 0.7.1 shares the slopes among the positions of a channel.
+            own = own.repeat_interleave(max(1, prod(start.output_shape[1:]) // len(own)), 0)
             own = own[_flat(places, start)]
         # Rows of an unknown order take the usual slopes: any are sound.
         return own if len(own) in (1, len(A)) and own.shape[1] == A.shape[1] else None
