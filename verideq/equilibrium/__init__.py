@@ -1,6 +1,7 @@
 """The equilibrium layer ``z* = relu(W z* + v)``: operators, solvers, gradients, gauge (docs/theory.md)."""
 
 from verideq.equilibrium.dynamics import DEQ, Dynamics, Path, path
+from verideq.equilibrium.feedback import Coupling, Feedback, FeedbackFusion
 from verideq.equilibrium.gauge import Gauge, gauge
 from verideq.equilibrium.gradients import Gradient, Implicit, Phantom
 from verideq.equilibrium.layer import Equilibrium, System, solve
@@ -24,10 +25,13 @@ __all__ = [
     "Auto",
     "Broyden",
     "Convolution",
+    "Coupling",
     "Dense",
     "Dynamics",
     "Equilibrium",
     "FactoredFusion",
+    "Feedback",
+    "FeedbackFusion",
     "ForwardBackward",
     "Gauge",
     "Gradient",
