@@ -1,5 +1,6 @@
-"""The equilibrium layer ``z* = relu(W z* + v)``: operators, solvers, gradients, gauge (docs/theory.md)."""
+"""The equilibrium layer ``z* = σ(W z* + v)``: operators, solvers, gradients, gauge (docs/theory.md)."""
 
+from verideq.equilibrium.activations import ACTIVATIONS, HARD_SIGMOID, RELU, Activation
 from verideq.equilibrium.dynamics import DEQ, Dynamics, Path, path
 from verideq.equilibrium.feedback import Coupling, Feedback, FeedbackFusion
 from verideq.equilibrium.gauge import Gauge, gauge
@@ -20,7 +21,11 @@ from verideq.equilibrium.solvers import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "DEQ",
+    "HARD_SIGMOID",
+    "RELU",
+    "Activation",
     "Anderson",
     "Auto",
     "Broyden",

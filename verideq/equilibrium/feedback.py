@@ -78,7 +78,7 @@ class Coupling:
             return pixels.sum(3).amax(1), pixels.sum(1).amax(2).T
         (rows, columns), (down, right) = size.shape[2:], self.stride
         phases = F.pad(size, (0, -columns % right, 0, -rows % down))
-        phases = phases.unflatten(3, (-1, right)).unflatten(2, (-1, down)).sum((2, 4))
+        phases = phases.view(*channels, -1, down, -(-columns // right), right).sum((2, 4))
         return size.sum((2, 3)), phases.amax((2, 3)).T
 
 
@@ -121,7 +121,7 @@ class Feedback:
         return (sum(self._sizes),)
 
     def apply(self, z: Tensor) -> Tensor:
-        states, nothing = z.split(self._sizes, 1), z.new_zeros(())
+        states, nothing = torch.split(z, self._sizes, 1), z.new_zeros(())
         from_below = [nothing, *(c.up(s) for c, s in zip(self.couplings, states, strict=False))]
         from_above = [*(c.down(s) for c, s in zip(self.couplings, states[1:], strict=True)), nothing]
         return torch.cat([a + b for a, b in zip(from_below, from_above, strict=True)], 1)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from verideq.box import Box
-from verideq.equilibrium import Equilibrium
+from verideq.equilibrium import RELU, Equilibrium
+from verideq.errors import InputError
 from verideq.graph import INPUT, Node
 from verideq.training.loss import Ball, Pass
 
@@ -30,6 +31,9 @@ def bound_penalty(one: Pass, boxes: Mapping[str, Box], threshold: float) -> Tens
         one: after `Pass.run`.
         boxes: of `Pass.enclosed`.
         threshold: ``τ``.
+
+    Raises:
+        InputError: an equilibrium that is no ReLU.
     """
     nodes = [node for node in one.graph.nodes if isinstance(node.module, (nn.ReLU, Equilibrium))]
     first = one.graph.nodes[0]
@@ -37,6 +41,11 @@ def bound_penalty(one: Pass, boxes: Mapping[str, Box], threshold: float) -> Tens
     width = _mean(one, given.radius)
     total = width.new_zeros(())
     for node in nodes:
+        if isinstance(node.module, Equilibrium) and node.module.activation != RELU:
+            raise InputError(
+                f"the tightness and ReLU regularisers are for ReLU equilibria; {node.name} is "
+                f"{node.module.activation.name}: leave them out"
+            )
         box = _rectified(node, boxes)
         center, radius = box.center, box.radius
         total = total + (threshold - width / _mean(one, radius)).clamp(min=0)
@@ -93,6 +102,7 @@ def jacobian_penalty(one: Pass, draw: torch.Generator) -> Tensor:
         z = one.clean[node.name].detach()
         shape = (one.world.size * len(z), *z.shape[1:])
         v = torch.randn(shape, generator=draw)[one.world.part(shape[0])].to(z)
-        pulled = node.module.operator().transpose().apply(torch.where(z > 0, v, 0.0))
+        layer = node.module
+        pulled = layer.operator().transpose().apply(torch.where(layer.activation.active(z), v, 0.0))
         total = total + _mean(one, pulled.square())
     return total
