@@ -41,6 +41,7 @@ from verideq.graph import trace
 from verideq.parametrizations import MonDEQ
 from verideq.status import Status
 from verideq.testing.exact import equilibrium, exact
+from verideq.training.adjoint import adjoint_margins
 from verideq.training.loss import Pass
 from verideq.training.penalties import bound_penalty, jacobian_penalty
 
@@ -187,8 +188,11 @@ RELU_ONLY = ("quadratic", "branch-and-bound", "exact", "lipschitz")
 
 @pytest.mark.parametrize("method", RELU_ONLY)
 def test_methods_for_relu_say_so(method: str) -> None:
-    with pytest.raises(ModelError, match=f"method {method} is for ReLU equilibria; 0 is hard-sigmoid: use adj"):
+    reason = f"method {method} is for ReLU equilibria; 0 is hard-sigmoid: use adjoint-refined"
+    with pytest.raises(ModelError, match=reason):
         bound(net(), Region(X[:1], 0.01), method=method)
+    with pytest.raises(ModelError, match=reason):
+        certify(net(), X[:1], torch.zeros(1, dtype=torch.long), "1/100", method=method)
 
 
 def test_auto_never_leaves_the_methods_that_know_it() -> None:
@@ -240,6 +244,22 @@ def test_a_lipschitz_constant_holds_by_the_gauge_alone() -> None:
     with torch.no_grad():
         change = (model(X) - model(X.roll(1, 0))).abs()
     assert bool((change <= moved * constant.max() * (1 + 1e-9)).all())
+
+
+def test_the_adjoint_bound_of_a_training_pass_is_below_the_margins() -> None:
+    one = Pass(trace(net().train()))
+    one.run(X)
+    box = Box((X - 0.05).clamp(0, 1), (X + 0.05).clamp(0, 1))
+    boxes = one.enclosed(box)
+    labels = one.clean[one.graph.nodes[-1].name].argmax(1)
+    least = adjoint_margins(one, boxes, labels, 5)
+    ways = torch.rand(50, *X.shape, generator=torch.Generator().manual_seed(1)).double().round()
+    with torch.no_grad():
+        outputs = one.graph(box.lower + ways * box.width)
+    margins = outputs.gather(2, labels.expand(50, -1)[:, :, None]) - outputs
+    assert bool((least <= margins.amin(0) + 1e-9).all()) and bool((least < 0).any() | (least > 0).any())
+    least.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in one.graph.parameters() if p.grad is not None)
 
 
 def test_the_jacobian_is_that_of_units_inside() -> None:

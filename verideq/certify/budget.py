@@ -57,6 +57,7 @@ class Budget:
     def methods(self, prepared: Prepared) -> tuple[str, ...]:
         """The methods to try, cheapest first; ``auto`` takes branch and bound, which has no end, in a time limit."""
         if self.method != "auto":
+            prepared.require_method(self.method)
             return (self.method,)
         if prepared.missing:
             return ("interval",)

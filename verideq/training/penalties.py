@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from verideq.box import Box
-from verideq.equilibrium import RELU, Equilibrium
+from verideq.equilibrium import RELU, Equilibrium, FeedbackFusion
 from verideq.errors import InputError
 from verideq.graph import INPUT, Node
 from verideq.training.loss import Ball, Pass
@@ -74,12 +74,13 @@ def _rectified(node: Node, boxes: Mapping[str, Box]) -> Box:
 
 
 def l1_penalty(one: Pass) -> Tensor:
-    """The sum of the absolute weights of linear and convolutional layers and of every stored ``W``."""
+    """The sum of the absolute weights of linear and convolutional layers, of every stored ``W`` and of couplings."""
     total = one.clean[INPUT].new_zeros(())
     for node in one.graph.nodes:
-        layers = [node.module.get_submodule("fusion")] if isinstance(node.module, Equilibrium) else [node.module]
-        for layer in layers:
-            weight = getattr(layer, "weight", None)
+        layer = node.module.get_submodule("fusion") if isinstance(node.module, Equilibrium) else node.module
+        parts = layer.operator().couplings if isinstance(layer, FeedbackFusion) else [layer]
+        for part in parts:
+            weight = getattr(part, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() > 1:
                 total = total + weight.abs().sum()
     return total
