@@ -17,7 +17,7 @@ from torch import nn
 from verideq import Equilibrium, Region
 from verideq.certify import Prepared, certify, prepare
 from verideq.certify.certificate import Proof, Step, record
-from verideq.checker import Checker, dual, files, layers
+from verideq.checker import Checker, dual, files, layers, proof
 from verideq.equilibrium import FeedbackFusion
 from verideq.graph import Embed
 from verideq.parametrizations import FeedbackGauge
@@ -75,11 +75,11 @@ def made(seed: int) -> Made:
     payloads = []
     for scale in (0.0, 0.5, 1.0, 1.0, 2.0):
         g = (scale * random.integers(-4, 5, (4, units)) / 4).astype(np.float32)
-        proof = Proof(cases=((Step(multipliers={"0": g}),),))
-        payloads.append(record("", 0, region, 0, proof, label=None, C=C, rhs=np.zeros(4), margin=0.0))
+        given = Proof(cases=((Step(multipliers={"0": g}),),))
+        payloads.append(record("", 0, region, 0, given, label=None, C=C, rhs=np.zeros(4), margin=0.0))
     for slopes in ("adaptive", "zero", "one"):
-        proof = Proof(cases=((Step(slopes=slopes, iterations=20),),))
-        payloads.append(record("", 0, region, 0, proof, label=None, C=C, rhs=np.zeros(4), margin=0.0))
+        made_again = Proof(cases=((Step(slopes=slopes, iterations=20),),))
+        payloads.append(record("", 0, region, 0, made_again, label=None, C=C, rhs=np.zeros(4), margin=0.0))
     place = np.array([0, -1, units - 1, -units])
     g = random.integers(-4, 5, (4, units)).astype(np.float32) / 4
     tightened = Step("0", units=place, multipliers={"0": g})
@@ -271,4 +271,27 @@ def test_a_monotone_layer_with_a_ceiling_needs_a_gauge() -> None:
     gauges = pack({**unpack(folder.gauges)[0], **mark}, {"m/0": np.array(1.0)})
     records = tuple(pack({**unpack(r)[0], **mark}, unpack(r)[1]) for r in folder.records)
     decided = Folder(model, gauges, records).decide()
-    assert all("without a gauge only a relu" in reason for _, reason in decided)
+    assert all("there is no gauge" in reason for _, reason in decided)
+
+
+def test_the_quadratic_dual_is_for_relu(monkeypatch: Patch) -> None:
+    # z = relu(3) is above 2, and clip(3) is not: complementarity says the same of both.
+    fusion, first, last = nn.Linear(1, 1, bias=False), nn.Linear(1, 1), nn.Linear(1, 1)
+    for tensor, value in (
+        (fusion.weight, -0.1), (first.weight, 0.1), (first.bias, 3.0), (last.weight, 1.0), (last.bias, -2.0),
+    ):  # fmt: skip
+        nn.init.constant_(tensor, value)
+    prepared = prepare(nn.Sequential(Equilibrium(fusion, first), last).double())
+    x = torch.full((1, 1), 0.5, dtype=torch.float64)
+    (verdict,) = certify(prepared, x, None, "1/10", C=torch.ones(1, 1), rhs=torch.zeros(1), method="quadratic")
+    assert verdict.certified and verdict.certificate is not None
+    head, arrays = unpack(verdict.certificate)
+    arrays = {name: array for name, array in arrays.items() if not name.startswith("box/")}
+    folder = Folder(prepared.file, prepared.certificate, (pack(head, arrays),))
+    assert "case/0/0/q/z" in arrays and folder.accepted()
+    forged = edit_model(folder, layer(lambda e: e["attributes"].update(activation="hard-sigmoid")), sign=True)
+    for exactly in (False, True):
+        ((accepted, reason),) = forged.decide(exact=exactly)
+        assert not accepted and "is for relu" in reason
+    rewrite(monkeypatch, proof._Proof, "_quadratic", "self.proved[node.name].ceiling is None", "True")
+    assert forged.accepted()

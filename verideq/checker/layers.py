@@ -209,10 +209,11 @@ def layer(calc: Arithmetic, node: Node, certificate: Mapping[str, Array], state:
         raise Rejected(f"{node.name}: its fusion is not known")
     require((own[1] < calc.one).all(), f"{node.name}: a row has W_ii >= 1")
     divisor = calc.subtract(constant(calc, calc.one, *own[0].shape), own)
+    if ceiling is not None:  # what follows from being monotone is shown for relu
+        m = None
     found = Layer(node.name, made, (divisor[0].reshape(shape), divisor[1].reshape(shape)), m=m, ceiling=ceiling)
     if "gauge" in certificate:
         return contraction(calc, found, certificate["gauge"], state)
-    require(m is None or ceiling is None, f"{node.name}: without a gauge only a relu equilibrium is bounded")
     require(m is not None, f"{node.name}: there is no gauge, so nothing says that its equilibrium is unique")
     found.fusion.push(calc, constant(calc, calc.zero, 1, *state))  # W keeps the shape, or it is rejected
     return found
