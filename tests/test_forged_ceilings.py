@@ -166,6 +166,18 @@ def test_what_is_forged_was_valid() -> None:
     assert honest().accepted() and honest().accepted(exact=True)
 
 
+@pytest.mark.parametrize("options", [{"norm": "l2"}, {"deployed_tolerance": "1/1000"}], ids=str)
+def test_balls_and_deployed_solvers(options: dict[str, Any]) -> None:
+    prepared = prepare(net(1))
+    images = torch.rand(3, 1, 2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = prepared.graph(images).argmax(1)
+    verdicts = certify(prepared, images, labels, "1/500", method="adjoint", **options)
+    records = tuple(v.certificate for v in verdicts if v.certificate is not None)
+    assert len(records) >= 2
+    folder = Folder(prepared.file, prepared.certificate, records)
+    assert folder.accepted() and folder.accepted(exact=True)
+
+
 def fused(head: Any) -> Any:
     return node(head, "equilibrium")["attributes"]["fusion"]["attributes"]
 
@@ -189,6 +201,8 @@ FORGED: dict[str, tuple[Change, str]] = {
     "a block of two axes": (blocks(lambda a: a.update(shapes=[[1, 2], [2, 2, 1], [2]])), "shape of no block"),
     "a block without units": (blocks(lambda a: a.update(shapes=[[1, 2, 1], [2, 2, 1], [0]])), "shape of no block"),
     "shapes that are none": (blocks(lambda a: a.update(shapes="x")), "not described"),
+    "attributes that are none": (layer(lambda e: e["attributes"]["fusion"].update(attributes=[])), ""),
+    "couplings that are none": (blocks(lambda a: a.update(couplings=None)), ""),
     "no couplings": (blocks(lambda a: a.update(couplings=[])), ""),
     "one block": (blocks(lambda a: a.update(shapes=[[8]], couplings=[])), ""),
     "a further field": (blocks(lambda a: a.update(m=1)), "not described"),

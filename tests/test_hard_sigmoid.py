@@ -83,7 +83,7 @@ def kinds(z: Tensor) -> set[float]:
 
 def test_the_names_of_activations() -> None:
     assert set(ACTIVATIONS) == {"relu", "hard-sigmoid"}
-    for spelling in (F.relu, torch.relu, torch.relu_, nn.ReLU(inplace=True), "relu", RELU):
+    for spelling in (F.relu, torch.relu, torch.relu_, nn.ReLU, nn.ReLU(inplace=True), "relu", RELU):
         assert activation_of(spelling) == RELU
     for spelling in ("hard-sigmoid", nn.Hardtanh(0, 1), nn.Hardtanh(0.0, 1.0), HARD_SIGMOID):
         assert activation_of(spelling) == HARD_SIGMOID

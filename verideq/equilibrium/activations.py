@@ -71,7 +71,7 @@ class Activation:
 RELU, HARD_SIGMOID = Activation("relu"), Activation("hard-sigmoid", 1.0)
 ACTIVATIONS = {activation.name: activation for activation in (RELU, HARD_SIGMOID)}
 """Every activation by name."""
-_RELUS: tuple[object, ...] = (F.relu, torch.relu, torch.relu_)
+_RELUS: tuple[object, ...] = (F.relu, torch.relu, torch.relu_, nn.ReLU)
 
 
 def activation_of(given: Any) -> Activation:
