@@ -255,7 +255,7 @@ def test_the_adjoint_bound_of_a_training_pass_is_below_the_margins() -> None:
     least = adjoint_margins(one, boxes, labels, 5)
     ways = torch.rand(50, *X.shape, generator=torch.Generator().manual_seed(1)).double().round()
     with torch.no_grad():
-        outputs = one.graph(box.lower + ways * box.width)
+        outputs = one.graph((box.lower + ways * box.width).flatten(0, 1)).view(50, len(X), -1)
     margins = outputs.gather(2, labels.expand(50, -1)[:, :, None]) - outputs
     assert bool((least <= margins.amin(0) + 1e-9).all()) and bool((least < 0).any() | (least > 0).any())
     least.sum().backward()
