@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from verideq import Equilibrium, Normalize, Status, load_model
 from verideq.certify import Prepared, Verdict, certify, prepare
 from verideq.certify.bound import bound
-from verideq.certify.certificate import Proof, framed, gauge_file, record
+from verideq.certify.certificate import Proof, framed, record
 from verideq.certify.summary import REJECTED
 from verideq.checker import Checker, check
 from verideq.checker.__main__ import main
@@ -33,9 +33,10 @@ from verideq.checker.files import parse_blob
 from verideq.checker.network import RULES, TENSORS, read_nodes
 from verideq.cli.main import run
 from verideq.data import load
-from verideq.graph import OPERATIONS
+from verideq.equilibrium import HARD_SIGMOID, FeedbackFusion
+from verideq.graph import OPERATIONS, Embed
 from verideq.models import BUNDLED
-from verideq.parametrizations import IBPMonDEQ
+from verideq.parametrizations import FeedbackGauge, IBPMonDEQ
 from verideq.region import Region
 from verideq.testing.strategies import Case, cases
 
@@ -47,7 +48,7 @@ def write_folder(folder: Path, prepared: Prepared, records: Sequence[bytes]) -> 
     """A certificate folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(prepared.file)
-    (folder / "gauges.safetensors").write_bytes(gauge_file(prepared.file, prepared.gauges))
+    (folder / "gauges.safetensors").write_bytes(prepared.certificate)
     (folder / "records.bin").write_bytes(b"".join(map(framed, records)))
     return folder
 
@@ -60,7 +61,7 @@ def audited(prepared: Prepared, verdicts: list[Verdict]) -> int:
     assert all(v.certificate is None and not v.checked for v in verdicts if not v.certified)
     records = [v.certificate for v in proved if v.certificate is not None]
     for exact in (False, True):
-        checker = Checker(prepared.file, gauge_file(prepared.file, prepared.gauges), exact=exact)
+        checker = Checker(prepared.file, prepared.certificate, exact=exact)
         for verdict, (accepted, reason, margin) in zip(proved, checker.decide(records), strict=True):
             assert accepted, reason
             assert margin is not None and verdict.margin is not None
@@ -242,6 +243,26 @@ def transformed() -> nn.Module:
     return nn.Sequential(layer, nn.Linear(4, 3))
 
 
+def saturated(layer: Any) -> nn.Module:
+    """A hard sigmoid that has all kinds of units, then three classes."""
+    layer.activation = HARD_SIGMOID
+    with torch.no_grad():
+        layer.injection.bias.copy_(torch.tensor([-2.0, 0.02, 0.98, 3.0]))
+        off = layer.fusion.weight.diagonal().clone()
+        layer.fusion.weight.mul_(0.5).fill_diagonal_(0.0).add_(off.clamp(max=0).diag())
+    return nn.Sequential(layer, nn.Linear(4, 3))
+
+
+def coupled() -> nn.Module:
+    """Blocks of an image, a smaller one and a vector, the first injected behind a maximum; then three classes."""
+    couplings = nn.Conv2d(2, 3, (2, 3), stride=2, padding=(0, 1), bias=False), nn.Linear(3, 2, bias=False)
+    fusion = FeedbackGauge.apply(FeedbackFusion([(2, 2, 2), (3, 1, 1), (2,)], couplings), 0.2)
+    first = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.MaxPool2d(2), Embed(torch.tensor([0.4, -0.3, 0.9, 0.2, 1.5]))
+    )
+    return nn.Sequential(Equilibrium(fusion, first, "hard-sigmoid"), nn.Linear(13, 3))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(3, 4), (3,)),
     "linear without bias": (lambda: nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False)), (3,)),
@@ -302,6 +323,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "replicated equilibrium": (image_model(conv_layer("replicate", dilation=(1, 2))), (2, 4, 4)),
     "equilibrium of an even kernel": (image_model(conv_layer(kernel_size=(2, 1))), (2, 4, 4)),
     "equilibrium that does not read itself": (image_model(conv_layer(kernel_size=2, dilation=3)), (2, 4, 4)),
+    "hard sigmoid": (
+        lambda: saturated(Equilibrium(nn.Linear(4, 4, bias=False), nn.Linear(3, 4), "hard-sigmoid")),
+        (3,),
+    ),
+    "hard sigmoid, transformed": (lambda: saturated(transformed()[0]), (3,)),
+    "coupled blocks": (coupled, (1, 4, 4)),
     "equilibrium by itself, valid": (
         image_model(Equilibrium(IBPMonDEQ.apply(nn.Conv2d(2, 2, 1, padding="valid", bias=False)), nn.Identity())),
         (2, 4, 4),

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import verideq
 from verideq.box import Box
 from verideq.certify.interval import RULES
-from verideq.equilibrium import Equilibrium
+from verideq.equilibrium import Equilibrium, FeedbackFusion
 from verideq.errors import ModelError, UnsupportedOperation
-from verideq.graph import OPERATIONS, Add, Graph, Normalize, load_model, save_model, trace, unsupported
-from verideq.parametrizations import IBPMonDEQ
+from verideq.graph import OPERATIONS, Add, Embed, Graph, Normalize, load_model, save_model, trace, unsupported
+from verideq.parametrizations import FeedbackGauge, IBPMonDEQ
 
 
 @pytest.fixture(autouse=True)
@@ -427,6 +427,13 @@ def _convolutional_equilibrium() -> Equilibrium:
     return Equilibrium(fusion, nn.Conv2d(2, 3, 3, padding=1))
 
 
+def _coupled_equilibrium() -> nn.Module:
+    couplings = nn.Conv2d(2, 3, 4, 2, 1, bias=False), nn.Linear(27, 4, bias=False)
+    fusion = FeedbackFusion([(2, 6, 6), (3, 3, 3), (4,)], couplings)
+    injection = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), Embed(torch.randn(31)))
+    return Equilibrium(FeedbackGauge.apply(fusion, 0.2), injection, "hard-sigmoid")
+
+
 CASES: dict[str, list[tuple[Callable[[], nn.Module], Tensor]]] = {
     "normalize": [(lambda: Normalize([0.1, 0.4], [0.5, 2.0]), IMAGE), (lambda: Normalize(0.3, 0.25), ROWS)],
     "linear": [(lambda: nn.Linear(8, 5), ROWS), (lambda: nn.Linear(8, 5, bias=False), ROWS)],
@@ -453,8 +460,9 @@ CASES: dict[str, list[tuple[Callable[[], nn.Module], Tensor]]] = {
         (lambda: nn.MaxPool2d(2, 1, dilation=2), IMAGE),
     ],
     "flatten": [(nn.Flatten, IMAGE)],
+    "embed": [(lambda: Embed(torch.randn(3)), IMAGE), (lambda: Embed(torch.randn(1)), ROWS)],
     "add": [(lambda: Forward(lambda self, x: self.a(x) + x, a=nn.Linear(8, 8)), ROWS)],
-    "equilibrium": [(dense, ROWS), (_convolutional_equilibrium, IMAGE)],
+    "equilibrium": [(dense, ROWS), (_convolutional_equilibrium, IMAGE), (_coupled_equilibrium, IMAGE)],
 }
 
 INSTANCES = [

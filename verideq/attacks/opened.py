@@ -35,7 +35,8 @@ class GraphDynamics(Dynamics):
         return torch.zeros_like(self._v(injected))
 
     def step(self, z: Tensor, injected: Injected) -> Tensor:
-        return System(self.operator, self._v(injected)[None]).stepper()(z[None])[0]
+        system = System(self.operator, self._v(injected)[None], activation=self.layer.activation)
+        return system.stepper()(z[None])[0]
 
     def head(self, z: Tensor, injected: Injected) -> Tensor:
         values = _run(self.after, {**injected, self.node.name: z})

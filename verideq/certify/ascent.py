@@ -209,7 +209,8 @@ class _Walk(NamedTuple):
         scale: of each row's multipliers.
         grid: gradients are rounded to multiples of it. Without that the last bits of a product, which differ with the
             size of the batch, would grow from step to step.
-        off: which are not below 0.
+        floor: below which none may be.
+        roof: above which.
     """
 
     g: Tensor
@@ -217,7 +218,8 @@ class _Walk(NamedTuple):
     square: Tensor
     scale: Tensor
     grid: Tensor
-    off: Tensor
+    floor: Tensor
+    roof: Tensor
 
     @staticmethod
     def begin(scene: Scene, name: str, g: Tensor, usual: Tensor) -> _Walk:
@@ -230,7 +232,8 @@ class _Walk(NamedTuple):
             torch.zeros_like(g),
             torch.maximum(most(g), most(usual)).view(shape),
             torch.exp2(torch.frexp(largest + TINY).exponent.to(g) - 20).view(shape),
-            (known.pre.upper <= 0)[:, None],
+            known.floor[:, None].to(g),
+            known.roof[:, None].to(g),
         )
 
     def on(self, slope: Tensor, step: int, rate: float) -> _Walk:
@@ -241,5 +244,5 @@ class _Walk(NamedTuple):
         size = (square / (1 - SECOND ** (step + 1))).sqrt()
         size = size + FLOOR * most(size).view(self.scale.shape) + self.grid
         g = self.g.detach() + rate * self.scale * (mean / (1 - FIRST ** (step + 1)) / size)
-        g = torch.where(self.off, g.clamp(min=0), g)
+        g = torch.clamp(g, self.floor, self.roof)
         return self._replace(g=torch.where(g.isfinite(), g, 0.0), mean=mean, square=square)

@@ -13,6 +13,14 @@ so that *every* multiplier ``g`` (0 or more where ``h <= 0``) gives
 the terms with ``a`` and ``l`` only where ``g < 0`` and ``l < 0 < h``. ``W = 0`` and ``δ = 1`` for a ReLU. Where a row
 has no multiplier it ends, and is bounded over the box of ``z``: that is interval arithmetic.
 
+An activation with a ceiling ``κ``, ``z = min(max(P, 0), κ)``, has the same kink upside down. The upper line of the
+first one ends at ``min(h, κ)`` in place of ``h``, and the lower line is below ``z`` only as far as ``h <= κ``. Where
+``l < κ < h`` it is ``δ z >= δ κ - e (δ h - p)``, ``e >= (κ - l⁺) / (h - l⁺)``, and ``g > 0`` has its own terms,
+
+    ... + δ g (1 - 1/e) · z  -  Σ δ g (h - κ/e);
+
+and where ``l >= κ`` multipliers are 0 or less, because ``z <= P`` is all that holds there.
+
 Counting rounding costs no product of rows. A row is exactly what is stored of it. A node leaves ``q̂ = fl(Aᵀ q)``, and
 ``|Aᵀ q - q̂| <= γ |A|ᵀ|q|``, so that at most ``|q| · γ |A||x|`` is lost: a vector a *sample*, with which all its rows
 are charged (`Charge`). Boxes are taken by centre and radius, where such a vector joins the radius.
@@ -20,6 +28,7 @@ are charged (`Charge`). Boxes are taken by centre and radius, where such a vecto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -113,22 +122,22 @@ def magnitude(box: Box) -> Tensor:
 
 
 class Lines(NamedTuple):
-    """What the upper lines ``δ z <= a (p - δ l)`` of unstable units add for a negative ``g``; 0 for the others.
+    """What the lines at a kink add, for one sign of ``g``; 0 for units without.
 
     Args:
         steep: ``δ (1 - 1/a)``, times ``g`` on ``z``: (samples, *state).
-        low: ``δ l``, times ``g`` lost: (samples, size).
+        apart: ``δ l``, or at a ceiling ``δ (h - κ/e)``, times ``g`` lost: (samples, size).
         off: times ``|g|``, for the rounding of both: (samples, size).
     """
 
     steep: Tensor
-    low: Tensor
+    apart: Tensor
     off: Tensor
 
 
 @dataclass(frozen=True)
 class Relaxed:
-    """What is known of ``z = relu(P)`` at a node: boxes (samples, *state).
+    """What is known of ``z = σ(P)`` at a node: boxes (samples, *state).
 
     Args:
         node: of the graph.
@@ -136,6 +145,7 @@ class Relaxed:
         z: of ``z``.
         operator: ``W``, and ``None`` for a ReLU.
         drift: (1, *state) how far what is computed may be from ``z``; ``None`` for not at all.
+        ceiling: ``κ``; infinite for none.
     """
 
     node: Node
@@ -143,17 +153,57 @@ class Relaxed:
     z: Box
     operator: Operator | None = None
     drift: Tensor | None = None
+    ceiling: float = math.inf
 
     @property
     def unstable(self) -> Tensor:
+        """Where a kink of ``σ`` lies within the box of ``P``."""
+        return self.crossing | self.capped
+
+    @property
+    def crossing(self) -> Tensor:
         """Where ``P`` may have either sign."""
         return (self.pre.lower < 0) & (self.pre.upper > 0)
 
     @property
+    def capped(self) -> Tensor:
+        """Where ``P`` may be on either side of the ceiling."""
+        return (self.pre.lower < self.ceiling) & (self.pre.upper > self.ceiling)
+
+    @property
     def slope(self) -> Tensor:
-        """``a``: the chord's slope, rounded up; 1 where ``P`` has one sign."""
-        low, high = self.pre.lower, self.pre.upper
-        return torch.where(self.unstable, high / (high - low) * (1 + 2.0**-50) + TINY, torch.ones_like(low))
+        """``a``: the slope of the chord from ``l`` to ``min(h, κ)``; 1 where ``P`` has one sign."""
+        top = self.pre.upper.clamp(max=self.ceiling)
+        return self._chord(top, top - self.pre.lower, self.crossing)
+
+    @property
+    def flat(self) -> Tensor:
+        """``e``: the slope of the chord from ``l⁺`` to ``h``; 1 where no ceiling lies between."""
+        bottom = self.pre.lower.clamp(min=0)
+        return self._chord(self.ceiling - bottom, self.pre.upper - bottom, self.capped)
+
+    @staticmethod
+    def _chord(rise: Tensor, width: Tensor, kinked: Tensor) -> Tensor:
+        """A slope, rounded up; 1 where there is no kink."""
+        return torch.where(kinked, rise / width * (1 + 2.0**-50) + TINY, torch.ones_like(rise))
+
+    def slopes(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Slopes of a line below ``σ`` and of one above.
+
+        Args:
+            kind: of the lines at a kink that is not bridged by a chord, 0 or as steep as the other side: ``zero``,
+                ``one``, or ``adaptive``, whichever leaves less between.
+        """
+        low, high, ceiling = self.pre.lower, self.pre.upper, self.ceiling
+        steep = {
+            "adaptive": ((high > -low).to(low), (ceiling - low > high - ceiling).to(low)),
+            "zero": (torch.zeros_like(low),) * 2, "one": (torch.ones_like(low),) * 2,
+        }[kind]  # fmt: skip
+        moving = (((high > 0) | (low >= 0)) & (low < ceiling)).to(low)
+        lower, upper = torch.where(low < 0, steep[0], moving), torch.where(low < 0, self.slope, moving)
+        if ceiling < math.inf:
+            lower, upper = lower * self.flat, torch.where(high > ceiling, steep[1], moving) * upper
+        return moving * lower, moving * upper
 
     def divisor(self) -> Tensor:
         """``δ``, rounded to nearest, shaped to broadcast over (samples, *state)."""
@@ -190,29 +240,54 @@ class Relaxed:
 
     @cached_property
     def lines(self) -> Lines:
-        """What the upper lines add."""
-        slope, divisor = self.slope, self.divisor()
-        steep = torch.where(self.unstable, divisor * (1 - 1 / slope), 0.0)
-        low = torch.where(self.unstable, divisor * self.pre.lower, 0.0)
+        """What the upper lines at 0 add."""
+        low = self.pre.lower
+        return self._lines(self.slope, self.crossing, low, low.abs())
+
+    @cached_property
+    def caps(self) -> Lines | None:
+        """What the lower lines at the ceiling add; ``None`` without one."""
+        if self.ceiling == math.inf:
+            return None
+        high, flat = self.pre.upper, self.flat
+        start = self.ceiling / flat
+        return self._lines(flat, self.capped, high - start, high.abs() + start)
+
+    def _lines(self, slope: Tensor, kinked: Tensor, apart: Tensor, size: Tensor) -> Lines:
+        """Of chords.
+
+        Args:
+            apart: what is lost of a multiplier, over ``δ``.
+            size: the sum of the magnitudes that it is the sum of.
+        """
+        divisor, doubt = self.divisor(), self.doubt()
+        steep = torch.where(kinked, divisor * (1 - 1 / slope), 0.0)
+        lost, most = (torch.where(kinked, factor * x, 0.0) for factor, x in ((divisor, apart), (divisor.abs(), size)))
         # δ, its product, the quotient and the difference round; (1/a - 1) may be large. Then there is the sum.
-        size, doubt = torch.where(self.unstable, divisor.abs() * (1 + 1 / slope), 0.0), self.doubt()
-        off = size * magnitude(self.z) * (2.0**-48 + doubt) + low.abs() * (gamma(low[0].numel() + 8) + doubt)
-        return Lines(steep, low.flatten(1), off.flatten(1) + 16 * TINY * (1 + low.abs().flatten(1)))
+        reach = torch.where(kinked, divisor.abs() * (1 + 1 / slope), 0.0)
+        off = reach * magnitude(self.z) * (2.0**-48 + doubt) + most * (gamma(lost[0].numel() + 8) + doubt)
+        return Lines(steep, lost.flatten(1), off.flatten(1) + 16 * TINY * (1 + most.flatten(1)))
 
     @cached_property
     def floor(self) -> Tensor:
         """The least multipliers that are sound: 0 where a unit is off."""
         return torch.where(self.pre.upper <= 0, 0.0, -torch.inf)
 
+    @cached_property
+    def roof(self) -> Tensor:
+        """The largest ones: 0 where a unit is at its ceiling."""
+        return torch.where(self.pre.lower >= self.ceiling, 0.0, torch.inf)
+
     def with_pre(self, pre: Box) -> Relaxed:
         """The same with other pre-activations, what they say of ``z``, and what ``z`` says of them.
 
-        ``P <= z``, and ``P = z`` where ``z > 0``.
+        ``P >= z`` where ``z > 0``, and ``P <= z`` where it is below its ceiling.
         """
         lower = torch.where(self.z.lower > 0, torch.maximum(pre.lower, self.z.lower), pre.lower)
-        pre = Box(lower, torch.minimum(pre.upper, self.z.upper))
-        z = self.z.intersect(Box(pre.lower.clamp(min=0), pre.upper.clamp(min=0)))
-        return Relaxed(self.node, pre, z, self.operator, self.drift)
+        upper = torch.where(self.z.upper < self.ceiling, torch.minimum(pre.upper, self.z.upper), pre.upper)
+        pre = Box(lower, upper)
+        z = self.z.intersect(Box(*(side.clamp(0, self.ceiling) for side in (lower, upper))))
+        return Relaxed(self.node, pre, z, self.operator, self.drift, self.ceiling)
 
 
 @dataclass(frozen=True)
@@ -386,12 +461,17 @@ class Scene:
         flat, lines = g.flatten(0, 1), known.lines
         rest = q - flat if known.operator is None else known.operator.transpose().apply(flat) + q - flat
         below = torch.relu(-g)
-        rest = torch.addcmul(rest.view_as(g), lines.steep[:, None], below, value=-1).view_as(q)
-        gained = self.over_box(rest, known.z) + dot(below.flatten(2), lines.low)
+        rest = torch.addcmul(rest.view_as(g), lines.steep[:, None], below, value=-1)
+        gained, off = dot(below.flatten(2), lines.apart), lines.off
+        if known.caps is not None:
+            above, caps = torch.relu(g), known.caps
+            rest = torch.addcmul(rest, caps.steep[:, None], above)
+            gained, off = gained - dot(above.flatten(2), caps.apart), off + caps.off
+        gained = self.over_box(rest.view_as(q), known.z) + gained
         if not self.rigorous:
             return gained
         # q is no larger than the rest, Wᵀ g, g and what the lines add are together.
-        lost = known.charge.on(g.flatten(2)) + dot(g.abs().flatten(2), lines.off)
+        lost = known.charge.on(g.flatten(2)) + dot(g.abs().flatten(2), off)
         return (gained - lost) - (gained.abs() + lost) * 2.0**-50
 
 
@@ -401,28 +481,21 @@ def most(x: Tensor) -> Tensor:
 
 
 def allowed(known: Relaxed, g: Tensor) -> Tensor:
-    """Multipliers cut to what is sound: 0 or more where a unit is off, and finite."""
-    return torch.clamp(g, min=known.floor[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    """Multipliers cut to what is sound: 0 or more where a unit is off, 0 or less at its ceiling, and finite."""
+    return torch.clamp(g, known.floor[:, None], known.roof[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def crown(slopes: str, tol: float = 1e-5, max_steps: int = 60) -> Rule:
     """The multipliers of CROWN: ``g = D(q) q``, for an equilibrium the fixed point with ``q + Wᵀ g`` for ``q``.
 
     Args:
-        slopes: of the lower line of an unstable unit: ``adaptive`` (0 or 1, whichever is nearer), ``zero`` or ``one``.
+        slopes: see `Relaxed.slopes`.
         tol: of the fixed point, relative to each row's largest entry; any iterate is a multiplier.
         max_steps: of the fixed point.
     """
 
     def rule(known: Relaxed, q: Tensor) -> Tensor:
-        low, high = known.pre.lower, known.pre.upper
-        chosen = {
-            "adaptive": (high > -low).to(q), "zero": torch.zeros_like(high), "one": torch.ones_like(high),
-        }[slopes]  # fmt: skip
-        off, on = high <= 0, low >= 0
-        lower = torch.where(on, 1.0, torch.where(off, 0.0, chosen))
-        upper = torch.where(on, 1.0, torch.where(off, 0.0, known.slope))
-        lower, upper = lower[:, None], upper[:, None]
+        lower, upper = (side[:, None] for side in known.slopes(slopes))
         if known.operator is None:
             return _sloped(q, lower, upper)
         g = _fixed_point(known.operator.solved()[0].transpose().apply, q, lower, upper, tol, max_steps)
@@ -626,6 +699,11 @@ def _flatten(module: Any, q: Tensor, shape: tuple[int, ...]) -> Pulled:
     return Pulled(q.view(-1, *shape))
 
 
+def _embed(module: Any, q: Tensor, shape: tuple[int, ...]) -> Pulled:
+    units = q.shape[1] - len(module.rest)
+    return Pulled(q[:, :units].reshape(-1, *shape), ((q[:, units:], module.rest),))
+
+
 PULLS: dict[str, Pull] = {
     "normalize": _normalize,
     "linear": _linear,
@@ -635,5 +713,6 @@ PULLS: dict[str, Pull] = {
     "avg_pool2d": _average,
     "adaptive_avg_pool2d": _average,
     "flatten": _flatten,
+    "embed": _embed,
 }
 """Every affine operation, by kind."""

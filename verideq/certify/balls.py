@@ -164,6 +164,13 @@ def _kept(balls: Balls, node: Node, inputs: list[Ball], box: Box) -> Moved:
     return found, found.reach
 
 
+def _embed(balls: Balls, node: Node, inputs: list[Ball], box: Box) -> Moved:
+    module: Any = node.module
+    scale = F.pad(inputs[0].scale.flatten(1), (0, len(module.rest)))
+    found = Ball(balls.image(node, [inputs[0].center]), scale, inputs[0].length)
+    return found, found.reach
+
+
 def _relu(balls: Balls, node: Node, inputs: list[Ball], box: Box) -> Moved:
     center = balls.image(node, [inputs[0].center])
     # The centre itself may lie outside the part of the ball that the box is about.
@@ -226,6 +233,7 @@ RULES: dict[str, Rule] = {
     "batch_norm1d": _scaled,
     "batch_norm2d": _scaled,
     "flatten": _kept,
+    "embed": _embed,
     "linear": _weighted,
     "conv2d": _weighted,
     "avg_pool2d": _averaged,

@@ -76,6 +76,8 @@ def run_method(
 ) -> Bounds:
     """`bound`, with the steps that it took and a proof; see `Query`."""
     method_named(method)
+    if method != "auto":
+        prepared.require_method(method)
     box = region.box() if isinstance(region, Region) else region
     if isinstance(region, Box) and bool((flushed(region.lower) | flushed(region.upper)).any()):
         raise RegionError(

@@ -8,6 +8,7 @@ from fractions import Fraction
 from verideq.attacks import attack_named
 from verideq.certify.bound import METHODS, method_named
 from verideq.certify.method import Prepared
+from verideq.equilibrium import RELU
 from verideq.errors import InputError
 
 LARGE = 2**24
@@ -56,8 +57,11 @@ class Budget:
     def methods(self, prepared: Prepared) -> tuple[str, ...]:
         """The methods to try, cheapest first; ``auto`` takes branch and bound, which has no end, in a time limit."""
         if self.method != "auto":
+            prepared.require_method(self.method)
             return (self.method,)
         if prepared.missing:
             return ("interval",)
+        rectified = all(layer.activation == RELU for _, layer in prepared.graph.equilibria())
         tight = ("quadratic",) if prepared.monotone else ("adjoint", "adjoint-refined", "adjoint-ascent")
-        return tuple(m for m in ("interval", *tight, *(("branch-and-bound",) if self.timeout else ())) if m in METHODS)
+        last = ("branch-and-bound",) if self.timeout and rectified else ()
+        return tuple(m for m in ("interval", *tight, *last) if m in METHODS)

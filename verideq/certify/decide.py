@@ -102,6 +102,7 @@ def certify(
     original = model if isinstance(model, nn.Module) else None
     verdicts: list[Verdict] = []
     # Everything is checked before the first batch is worked on.
+    budget.methods(prepared)
     region = Region(images, eps, norm, prepared.graph.pixel_range, weights=weights)
     rows = specification(prepared, images, labels, C, rhs)
     task = Task(region, labels, *rows, torch.arange(count), by_label=C is None and rhs is None)

@@ -1,13 +1,14 @@
 """A box that is sure to hold every equilibrium: any solver, one inflation along the gauge (docs/theory.md).
 
-Let ``u`` be a gauge with slack ``s``, and ``G`` the interval map of the layer, rounded outward. For any ``0 <= l <=
-h``, moved out by ``t u`` with ``t = max_i max(0, G_h - h, l - G_l)_i / s_i``,
+Let ``u`` be a gauge with slack ``s``, and ``G`` the interval map of the layer, rounded outward. For any ``l <= h`` in
+the range of the activation, moved out by ``t u`` with ``t = max_i max(0, G_h - h, l - G_l)_i / s_i``,
 
     G([l - t u, h + t u])  ⊆  [l - t|W|u + ..., ...]  ⊆  [l - t u, h + t u]
 
 so that by Brouwer and uniqueness the moved box holds ``z*(v)`` for every ``v`` of the box of injections, however
-early the solver was stopped. When it was stopped early the box is cut with ``[0, t₀ u]``, ``t₀ = max_i (v_u)_i⁺ /
-s_i``, which maps into itself as well, and ``B <- B ∩ G(B)`` only tightens from there.
+early the solver was stopped; and so does its part in the range, which ``G`` never leaves. When it was stopped early the
+box is cut with ``[0, t₀ u]``, ``t₀ = max_i (v_u)_i⁺ / s_i``, which maps into itself as well, and ``B <- B ∩ G(B)`` only
+tightens from there.
 
 Everything is done with ``W̃``, every row solved for its own unknown: a gauge of ``W`` is one of ``W̃``.
 """
@@ -68,25 +69,26 @@ def enclose(layer: Equilibrium, gauge: Gauge, injection: Box, solver: Solver) ->
         raise NoGaugeError("the vector given as a gauge has a slack that is not positive", float((1 - room / u).max()))
     u, room = operator.spread_units(u), operator.spread_units(room)
     center, radius = _solved(injection, factor)
-    system = System(operator, torch.stack((center, radius)))
+    activation = layer.activation
+    system = System(operator, torch.stack((center, radius)), activation=activation)
     solution = fixed_point(system.stepper(), system.start(), solver)
     middle, half = solution.value
-    guess = Box((middle - half).clamp_(min=0), (middle + half).clamp_(min=0))
+    guess = activation.box(Box(middle - half, middle + half))
 
     absolute, units = operator.absolute(), operator.absolute_units()
 
     def image(box: Box) -> Box:
-        moved = _rows(operator, absolute, units, center, radius, box)
-        return Box(moved.lower.clamp(min=0), moved.upper.clamp(min=0))
+        return activation.box(_rows(operator, absolute, units, center, radius, box))
 
-    box = _inflate(guess, image(guess), u, room)
+    box = activation.box(_inflate(guess, image(guess), u, room))
     if not bool(solution.converged.all()):
         top = (center + radius).clamp_(min=0)
         reach = (_most(top / room) * u * (1 + 2.0**-51)).expand_as(top)
-        anytime = box.intersect(Box(torch.zeros_like(top), torch.nextafter(reach, torch.full_like(reach, torch.inf))))
+        reach = torch.nextafter(reach, torch.full_like(reach, torch.inf))
+        anytime = box.intersect(activation.box(Box(torch.zeros_like(top), reach)))
         for _ in range(REFINEMENTS):
             anytime = anytime.intersect(image(anytime))
-        anytime = _inflate(anytime, image(anytime), u, room)
+        anytime = activation.box(_inflate(anytime, image(anytime), u, room))
         late = solution.converged.view(-1, *[1] * (middle.dim() - 1))
         box = Box(torch.where(late, box.lower, anytime.lower), torch.where(late, box.upper, anytime.upper))
     return Enclosure(box, solution.steps, solution.converged)
@@ -175,5 +177,5 @@ def _inflate(guess: Box, image: Box, u: Tensor, room: Tensor) -> Box:
     excess = excess + (guess.upper * SPARE + FLOOR)
     reach = _most(excess / room) * u * (1 + 2.0**-51)
     infinity = torch.full((), torch.inf, dtype=reach.dtype, device=reach.device)
-    lower = torch.nextafter(guess.lower - reach, -infinity).clamp(min=0)
+    lower = torch.nextafter(guess.lower - reach, -infinity)
     return Box(lower, torch.nextafter(guess.upper + reach, infinity))

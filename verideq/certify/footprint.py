@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from verideq.certify.method import Prepared
-from verideq.equilibrium import Equilibrium
+from verideq.equilibrium import Equilibrium, FeedbackFusion
 from verideq.errors import NotEnoughMemory
 from verideq.memory import fitting
 
@@ -68,6 +68,10 @@ class Footprint:
             if node.operation.kind in ("relu", "equilibrium"):
                 relaxed += shapes[node.name]
             layer = node.module.fusion if isinstance(node.module, Equilibrium) else node.module
+            if isinstance(layer, FeedbackFusion):
+                for coupling in (own for own in layer.raw() if own.weight.dim() == 4):
+                    pixels = max(math.prod(coupling.above[1:]), math.prod(coupling.below[1:]))
+                    columns.append(pixels * coupling.weight[0].numel())
             if isinstance(layer, nn.Conv2d):
                 pixels = max(shapes[node.name] // layer.out_channels, shapes[node.inputs[0]] // layer.in_channels)
                 columns.append(pixels * layer.in_channels * math.prod(layer.kernel_size))

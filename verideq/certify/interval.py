@@ -185,6 +185,7 @@ RULES: dict[str, Rule] = {
     "adaptive_avg_pool2d": _average,
     "max_pool2d": _monotone,
     "flatten": _monotone,
+    "embed": _monotone,
     "add": lambda arithmetic, node, boxes: arithmetic.add(*boxes),
     "equilibrium": _equilibrium,
 }

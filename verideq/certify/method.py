@@ -16,7 +16,7 @@ from verideq.box import Box, flushed
 from verideq.certify.certificate import Numbers, Proof, gauge_file
 from verideq.certify.interval import Arithmetic
 from verideq.checker import Checker
-from verideq.equilibrium import Auto, Dense, Equilibrium, Gauge, Monotone, Solver, gauge
+from verideq.equilibrium import RELU, Auto, Dense, Equilibrium, Gauge, Monotone, Solver, gauge
 from verideq.equilibrium.monotonicity import proved_m
 from verideq.errors import ModelError, NoGaugeError
 from verideq.graph import Graph, model_bytes, trace
@@ -24,6 +24,10 @@ from verideq.region import Region
 
 TOLERANCE = 1e-13
 """The relative residual to which equilibria are solved for a proof: how tight it is, never whether it holds."""
+
+
+LINEAR = ("interval", "adjoint", "adjoint-refined", "adjoint-ascent")
+"""Methods of intervals and lines, which know every activation; the others are for ReLU."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,11 @@ class Prepared:
     def certificate(self) -> bytes:
         """The model certificate: why every equilibrium is unique."""
         stored = {name: m for name, m in self.monotone.items() if isinstance(self.layer(name).operator(), Dense)}
-        return gauge_file(self.file, self.gauges, stored)
+        gauges = {
+            name: replace(found, u=self.layer(name).operator().spread_units(found.u).flatten())
+            for name, found in self.gauges.items()
+        }
+        return gauge_file(self.file, gauges, stored)
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +81,18 @@ class Prepared:
     def layer(self, name: str) -> Equilibrium:
         """The equilibrium of this name."""
         return dict(self.graph.equilibria())[name]
+
+    def require_method(self, method: str) -> None:
+        """Nothing, if the method knows the activation of every equilibrium.
+
+        Raises:
+            ModelError: the first layer that it is not for.
+        """
+        for name, layer in self.graph.equilibria():
+            if layer.activation != RELU and method not in LINEAR:
+                raise ModelError(
+                    f"method {method} is for ReLU equilibria; {name} is {layer.activation.name}: use adjoint-refined"
+                )
 
     def require_gauges(self) -> None:
         """Nothing, if every equilibrium has a gauge, or is monotone.
@@ -113,7 +133,8 @@ def prepare(model: nn.Module | Prepared, device: torch.device | str | None = Non
         try:
             gauges[name] = gauge(layer)
         except NoGaugeError as error:
-            m = strength(layer)
+            # What is proved of a layer without a gauge is proved for ReLU.
+            m = strength(layer) if layer.activation == RELU else 0.0
             if m > 0:
                 monotone[name] = m
             else:

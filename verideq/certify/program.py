@@ -141,8 +141,11 @@ def encode(scene: Scene) -> Encoding:
     """Multiply out what is affine between the inputs and every node that is not.
 
     Raises:
-        InputError: an operation that is neither affine nor made of maxima.
+        InputError: an operation that is neither affine nor made of maxima, or another activation than ReLU.
     """
+    for name, relaxed in scene.relaxed.items():
+        if relaxed.ceiling < math.inf:
+            raise InputError(f"{name}: the integer program is for ReLU; use --method adjoint-refined")
     columns = columns_of(scene)
     count = _stop(columns)
     device = scene.values[INPUT].lower.device

@@ -32,6 +32,7 @@ from verideq.certify.enclosure import settled
 from verideq.certify.footprint import Footprint
 from verideq.certify.method import Bounds, Prepared, Query, states_of, strength
 from verideq.clock import OutOfTime
+from verideq.equilibrium import RELU
 from verideq.errors import NoGaugeError
 from verideq.graph import INPUT, Graph
 from verideq.region import Region
@@ -88,6 +89,10 @@ def form_of(prepared: Prepared, x: Tensor, *, monotone: bool = True) -> Form:
         raise NoGaugeError(f"the quadratic bound takes one equilibrium between affine maps; here: {kinds}", math.nan)
     node, last = others[0], graph.nodes[-1].name
     layer = layers[node.name]
+    if layer.activation != RELU:
+        raise NoGaugeError(
+            f"{node.name}: the quadratic bound is for ReLU equilibria; this one is {layer.activation.name}", math.nan
+        )
     m = prepared.monotone.get(node.name) or strength(layer)
     if monotone and not m > 0:
         raise NoGaugeError(f"{node.name}: the quadratic bound needs I - sym W to be positive definite", math.nan)

@@ -218,7 +218,9 @@ class Run:
 
     def _prepare(self) -> Any:
         """What the work on every chunk shares."""
-        return prepare(self.model, self.device)
+        prepared = prepare(self.model, self.device)
+        self.budget.methods(prepared)  # a method that is not for the model is a wrong call, and no verdict
+        return prepared
 
     def _summarise(self, records: list[dict[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
         return summarise(records, meta)

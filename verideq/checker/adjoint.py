@@ -109,6 +109,15 @@ def _flatten(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) 
     return (q[0].reshape(-1, *shape), q[1].reshape(-1, *shape)), _none(calc, q)
 
 
+def _embed(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) -> tuple[Interval, Interval]:
+    rest = node.tensors["rest"]
+    units = q[0].shape[1] - len(rest)
+    on_rest = q[0][:, units:], q[1][:, units:]
+    return (q[0][:, :units].reshape(-1, *shape), q[1][:, :units].reshape(-1, *shape)), inner(
+        calc, on_rest, (rest, rest)
+    )
+
+
 PULLS: dict[str, Pull] = {
     "normalize": _scale,
     "linear": _linear,
@@ -118,6 +127,7 @@ PULLS: dict[str, Pull] = {
     "avg_pool2d": _average,
     "adaptive_avg_pool2d": _average,
     "flatten": _flatten,
+    "embed": _embed,
 }
 """Every affine operation of one input."""
 

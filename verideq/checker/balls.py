@@ -128,6 +128,13 @@ def _flat(calc: Arithmetic, node: Node, ball: Ball) -> Moved:
     return found, _reach(calc, found)
 
 
+def _embed(calc: Arithmetic, node: Node, ball: Ball) -> Moved:
+    still = replace(node, tensors={"rest": node.tensors["rest"] * calc.zero})
+    scale = RULES["embed"](calc, still, (ball.scale, ball.scale))[0]
+    found = Ball(RULES["embed"](calc, node, ball.center), scale, ball.length)
+    return found, _reach(calc, found)
+
+
 def _weighted(calc: Arithmetic, node: Node, ball: Ball) -> Moved | None:
     """A matrix or a convolution; none where a border repeats pixels, which then count several times."""
     if node.arguments.get("padding_mode", "zeros") != "zeros":
@@ -170,6 +177,7 @@ MOVES: dict[str, RULE] = {
     "batch_norm1d": _scaled,
     "batch_norm2d": _scaled,
     "flatten": _flat,
+    "embed": _embed,
     "linear": _weighted,
     "conv2d": _weighted,
     "avg_pool2d": _averaged,

@@ -14,12 +14,21 @@ with ``z`` anywhere in its box, and the row ``g`` on ``v`` goes on to the operat
 row ends: ``q · z`` is bounded over the box of ``z``, which is interval arithmetic, or over its ball. (Wei & Kolter's
 interval bound is ``g = 0``; CROWN for an equilibrium layer is `multipliers`; the best ``g`` is the triangle
 relaxation's.)
+
+**With a ceiling** ``κ``, ``z = min(max(P, 0), κ)``, the second has ``min(h, κ)`` for ``h``; the first holds where
+``h <= κ``, the third where ``0 <= l`` and ``h <= κ``. For the others there are
+
+    δ z >= δ κ - e (δ h - p)  where l < κ < h, for any e >= (κ - l⁺) / (h - l⁺),        δ z <= p  where l >= 0,
+
+the one with ``g / e`` for ``g > 0``, which leaves ``q - δ g / e`` on ``z`` and gains ``δ g (κ / e - h)``; the other
+with any ``g <= 0``. Where ``l >= κ`` a positive ``g`` has no line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +58,7 @@ class Relaxation:
         divisor: ``δ``.
         layer: of an equilibrium, or ``None``.
         drift: how far what is computed may be from ``z``, by unit; ``None`` for not at all.
+        cap: ``e``, 1 where no ceiling lies within ``[l, h]``; ``None`` without a ceiling.
     """
 
     pre: Interval
@@ -57,6 +67,12 @@ class Relaxation:
     divisor: Interval
     layer: Layer | None
     drift: Array | None
+    cap: Array | None = None
+
+    @property
+    def ceiling(self) -> Any:
+        """``κ``, or ``None``."""
+        return None if self.layer is None else self.layer.ceiling
 
     @property
     def unstable(self) -> Array:
@@ -70,18 +86,30 @@ class Relaxation:
 def relax(
     calc: Arithmetic, pre: Interval, z: Interval, divisor: Interval, layer: Layer | None, drift: Array | None
 ) -> Relaxation:
-    """The relaxation over a box of pre-activations, its slope rounded up once.
+    """The relaxation over a box of pre-activations, its slopes rounded up once.
 
-    As ``z = relu(P)``, ``P`` is never above ``z``, and equal to it where ``z > 0``.
+    ``P`` is at least ``z`` where that is positive, and at most ``z`` where that is below its ceiling.
     """
+    ceiling = None if layer is None else layer.ceiling
     lo: Array = np.where(z[0] > 0, np.maximum(pre[0], z[0]), pre[0])
     hi: Array = np.minimum(pre[1], z[1])
-    unstable = (lo < 0) & (hi > 0)
+    low, top, cap = lo, hi, None
     one = constant(calc, calc.one, *lo.shape)[0]
-    width = np.where(unstable, calc.subtract((hi, hi), (lo, lo))[0], one)
-    slope = calc.divide((np.where(unstable, hi, one),) * 2, (width, width))[1]
-    inside = np.maximum(z[0], np.maximum(lo, calc.zero)), np.minimum(z[1], np.maximum(hi, calc.zero))
-    return Relaxation((lo, hi), inside, np.where(unstable, slope, one), divisor, layer, drift)
+    if ceiling is not None:
+        hi = np.where(z[1] < ceiling, hi, pre[1])
+        low, top = np.minimum(lo, ceiling), np.minimum(hi, ceiling)
+        bottom, capped = np.maximum(low, calc.zero), (lo < ceiling) & (hi > ceiling)
+        rise, reach = (
+            calc.subtract((ceiling, ceiling), (bottom, bottom))[1],
+            calc.subtract((hi, hi), (bottom, bottom))[0],
+        )
+        reach = np.where(capped, reach, one)
+        cap = np.where(capped, calc.divide((rise, rise), (reach, reach))[1], one)
+    unstable = (lo < 0) & (hi > 0)
+    width = np.where(unstable, calc.subtract((top, top), (lo, lo))[0], one)
+    slope = calc.divide((np.where(unstable, top, one),) * 2, (width, width))[1]
+    inside = np.maximum(z[0], np.maximum(low, calc.zero)), np.minimum(z[1], np.maximum(top, calc.zero))
+    return Relaxation((lo, hi), inside, np.where(unstable, slope, one), divisor, layer, drift, cap)
 
 
 @dataclass(frozen=True)
@@ -153,6 +181,7 @@ class Scene:
             pre=self._by_row(known.pre, rows),
             z=self._by_row(known.z, rows),
             slope=np.repeat(known.slope, rows, 0),
+            cap=None if known.cap is None else np.repeat(known.cap, rows, 0),
         )
         lo, hi = known.pre
         if given is None:
@@ -162,11 +191,21 @@ class Scene:
             require(g.shape[1:] == (rows, *lo.shape[1:]), f"{node.name}: multipliers of the shape {g.shape[1:]}")
             g = g.reshape(lo.shape)
         g = np.where(hi <= 0, np.maximum(g, calc.zero), g)
+        if known.cap is not None:
+            g = np.where(lo >= known.ceiling, np.minimum(g, calc.zero), g)
         # δ g, and with the upper line δ g / a
         flat = calc.multiply((g, g), known.divisor)
         steep, upper = calc.divide(flat, (known.slope, known.slope)), (g < 0) & known.unstable
         on_z = tuple(np.where(upper, a, b) for a, b in zip(steep, flat, strict=True))
         charged = tuple(np.where(upper, side, calc.zero) for side in flat)
+        if known.cap is not None:
+            above = (g > 0) & (lo < known.ceiling) & (hi > known.ceiling)
+            level = calc.divide(flat, (known.cap, known.cap))
+            on_z = tuple(np.where(above, a, b) for a, b in zip(level, on_z, strict=True))
+            reach, level = (tuple(np.where(above, side, calc.zero) for side in x) for x in (flat, level))
+            top = constant(calc, known.ceiling, *lo.shape)
+            gained = calc.subtract(inner(calc, (level[0], level[1]), top), inner(calc, (reach[0], reach[1]), (hi, hi)))
+            away = calc.add(away, gained)
         rest = calc.subtract(q, (on_z[0], on_z[1]))
         if known.layer is not None:
             rest = calc.add(rest, known.layer.fusion.pull(calc, (g, g)))
@@ -200,6 +239,10 @@ def multipliers(calc: Arithmetic, known: Relaxation, q: Interval, step: Bounding
     lower = {"zero": 0.0 * hi, "one": 0.0 * hi + 1.0, "adaptive": (hi > -lo).astype(np.float64)}[str(step.slopes)]
     lower = np.where(lo >= 0, 1.0, np.where(hi <= 0, 0.0, lower)) / divisor
     upper = np.where(lo >= 0, 1.0, np.where(hi <= 0, 0.0, own)) / divisor
+    if known.cap is not None:
+        cap = np.broadcast_to(calc.nearly((known.cap, known.cap)), known.slope.shape)
+        near = {"zero": 0.0 * hi, "one": 0.0 * hi + 1.0, "adaptive": (1.0 - lo > hi - 1.0).astype(np.float64)}
+        lower, upper = lower * cap * (lo < 1), upper * np.where(hi > 1, near[str(step.slopes)], 1.0) * (lo < 1)
     g = np.where(c > 0, lower, upper) * c
     if known.layer is not None:
         for _ in range(step.iterations):

@@ -1,12 +1,12 @@
 """Why an equilibrium is unique, and where it lies.
 
-**Theorem** (gauge). Let ``z = relu(W z + v)``, and ``u > 0`` with ``|W| u < u``. If an ordered, finite box is mapped
-into itself by the interval extension of the layer, for a box of ``v``, then it holds the one equilibrium of every
-``v`` of that box. The same is true after every row is solved for its own unknown: ``z_i = relu((Σ_{j≠i} W_ij z_j +
-v_i) / (1 - W_ii))`` with ``W_ii < 1`` and ``Σ_{j≠i} |W_ij| u_j < (1 - W_ii) u_i``; that is the form checked here, and
-a gauge of ``W`` is one of it.
+**Theorem** (gauge). Let ``z = σ(W z + v)``, ``σ`` the projection onto ``[0, κ]``: ReLU (``κ = ∞``) or the hard sigmoid
+(``κ = 1``); and ``u > 0`` with ``|W| u < u``. If an ordered, finite box is mapped into itself by the interval extension
+of the layer, for a box of ``v``, then it holds the one equilibrium of every ``v`` of that box. The same is true after
+every row is solved for its own unknown: ``z_i = σ((Σ_{j≠i} W_ij z_j + v_i) / (1 - W_ii))`` with ``W_ii < 1`` and
+``Σ_{j≠i} |W_ij| u_j < (1 - W_ii) u_i``; that is the form checked here, and a gauge of ``W`` is one of it.
 
-**Theorem** (monotone). If ``I - sym W ⪰ m I`` with ``m > 0``, the equilibrium ``z*(v)`` is unique, and ``‖z*(v) -
+**Theorem** (monotone, ReLU). If ``I - sym W ⪰ m I`` with ``m > 0``, the equilibrium ``z*(v)`` is unique, and ``‖z*(v) -
 z*(v')‖₂ <= ‖v - v'‖₂ / m``. For any ``ẑ >= 0`` it is within ``‖δ‖₂ / m`` of ``ẑ``, where ``δ_i`` is ``ẑ_i - p_i`` if
 ``ẑ_i > 0`` and ``-max(p_i, 0)`` otherwise, ``p = W ẑ + v``. ``W = (1 - m) I - AᵀA + B - Bᵀ`` is monotone by algebra.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,6 +99,53 @@ class Factored:
 
 
 @dataclass(frozen=True)
+class Coupled:
+    """Blocks of a flat state, each coupled to the next one and back by the transpose: ``W = Wᵀ``, its diagonal zero.
+
+    Args:
+        name: of the node.
+        shapes: of the blocks.
+        couplings: a `linear` or a `conv2d` from each block to the next.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    couplings: tuple[Node, ...]
+
+    def push(self, calc: Arithmetic, z: Interval) -> Interval:
+        ends = np.cumsum([0, *(int(np.prod(shape)) for shape in self.shapes)])
+        require(z[0].shape[1:] == (ends[-1],), f"{self.name}: blocks of {ends[-1]} units do not keep {z[0].shape[1:]}")
+        parts = [(z[0][:, a:b], z[1][:, a:b]) for a, b in pairwise(ends)]
+        sums = [constant(calc, calc.zero, *part[0].shape) for part in parts]
+        for place, node in enumerate(self.couplings):
+            sums[place + 1] = calc.add(sums[place + 1], self._up(calc, place, node, parts[place]))
+            sums[place] = calc.add(sums[place], self._down(calc, place, node, parts[place + 1]))
+        return np.concatenate([lo for lo, _ in sums], 1), np.concatenate([hi for _, hi in sums], 1)
+
+    def pull(self, calc: Arithmetic, q: Interval) -> Interval:
+        return self.push(calc, q)
+
+    def _up(self, calc: Arithmetic, place: int, node: Node, x: Interval) -> Interval:
+        """``A x``; the result has just the shape of the next block."""
+        below, above = self._formed(place, node)
+        out = RULES[node.kind](calc, node, (x[0].reshape(-1, *below), x[1].reshape(-1, *below)))
+        shape = out[0].shape[1:]
+        require(shape == above, f"{self.name}: coupling {place} gives {shape}, and the next block is {above}")
+        return out[0].reshape(len(x[0]), -1), out[1].reshape(len(x[0]), -1)
+
+    def _down(self, calc: Arithmetic, place: int, node: Node, q: Interval) -> Interval:
+        """``Aᵀ q``."""
+        below, above = self._formed(place, node)
+        lo, hi = PULLS[node.kind](calc, node, (q[0].reshape(-1, *above), q[1].reshape(-1, *above)), below)[0]
+        return lo.reshape(len(q[0]), -1), hi.reshape(len(q[0]), -1)
+
+    def _formed(self, place: int, node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The blocks that a coupling leads from and to, as it sees them: a matrix flattens."""
+        below, above = self.shapes[place : place + 2]
+        return (below, above) if node.kind == "conv2d" else ((int(np.prod(below)),), (int(np.prod(above)),))
+
+
+@dataclass(frozen=True)
 class Layer:
     """An equilibrium that has been proved unique: every row solved for its own unknown.
 
@@ -108,6 +156,7 @@ class Layer:
         u: a gauge, (1, *state), or ``None``.
         room: a lower bound of ``(1 - W_ii) u_i - Σ |W_ij| u_j``, (1, *state), with the gauge.
         m: the strength of monotonicity, if that is how it was proved.
+        ceiling: ``κ``, or ``None`` for none.
     """
 
     name: str
@@ -116,15 +165,19 @@ class Layer:
     u: Array | None = None
     room: Array | None = None
     m: Fraction | None = None
+    ceiling: Any = None
 
     def rows(self, calc: Arithmetic, box: Interval, v: Interval) -> Interval:
         """The pre-activations ``(Σ_{j≠i} W_ij z_j + v_i) / (1 - W_ii)`` over boxes."""
         return calc.divide(calc.add(self.fusion.push(calc, box), v), self.divisor)
 
-    @staticmethod
-    def image(calc: Arithmetic, rows: Interval) -> Interval:
+    def image(self, calc: Arithmetic, rows: Interval) -> Interval:
         """The interval extension of the layer, from its pre-activations."""
-        return np.maximum(rows[0], calc.zero), np.maximum(rows[1], calc.zero)
+        return self.cut(np.maximum(rows[0], calc.zero)), self.cut(np.maximum(rows[1], calc.zero))
+
+    def cut(self, x: Array) -> Array:
+        """Numbers cut to the ceiling."""
+        return x if self.ceiling is None else np.minimum(x, self.ceiling)
 
 
 def layer(calc: Arithmetic, node: Node, certificate: Mapping[str, Array], state: tuple[int, ...]) -> Layer:
@@ -133,9 +186,11 @@ def layer(calc: Arithmetic, node: Node, certificate: Mapping[str, Array], state:
     Args:
         certificate: its arrays: ``gauge``, or ``m`` and perhaps ``L``; none for a fusion that is monotone by algebra.
     """
-    fusion = node.arguments.get("fusion")
-    if node.arguments.get("activation") != "relu" or not isinstance(fusion, dict):
-        raise Rejected(f"{node.name}: it is no relu equilibrium")
+    fusion, activation = node.arguments.get("fusion"), node.arguments.get("activation")
+    ceilings = {"relu": None, "hard-sigmoid": calc.one}
+    if not isinstance(activation, str) or activation not in ceilings or not isinstance(fusion, dict):
+        raise Rejected(f"{node.name}: it is no equilibrium of a known activation: {activation!r}")
+    ceiling = ceilings[activation]
     kind, arguments = fusion.get("operation"), fusion.get("attributes")
     require(isinstance(arguments, dict), f"{node.name}: its fusion is not described")
     shape = (1, -1, *[1] * (len(state) - 1))
@@ -148,11 +203,15 @@ def layer(calc: Arithmetic, node: Node, certificate: Mapping[str, Array], state:
         if "m" in certificate:
             m = monotone(calc, fused, certificate)
         made, own = _own(calc, fused)
+    elif kind == "feedback":
+        made, own = _coupled(calc, node, dict(arguments or {}))
     else:
         raise Rejected(f"{node.name}: its fusion is not known")
     require((own[1] < calc.one).all(), f"{node.name}: a row has W_ii >= 1")
     divisor = calc.subtract(constant(calc, calc.one, *own[0].shape), own)
-    found = Layer(node.name, made, (divisor[0].reshape(shape), divisor[1].reshape(shape)), m=m)
+    if ceiling is not None:  # what follows from being monotone is shown for relu
+        m = None
+    found = Layer(node.name, made, (divisor[0].reshape(shape), divisor[1].reshape(shape)), m=m, ceiling=ceiling)
     if "gauge" in certificate:
         return contraction(calc, found, certificate["gauge"], state)
     require(m is not None, f"{node.name}: there is no gauge, so nothing says that its equilibrium is unique")
@@ -178,8 +237,35 @@ def _absolute(found: Layer) -> Fusion:
     if isinstance(fusion, Dense):
         return Dense(np.abs(fusion.matrix), fusion.error)
     if isinstance(fusion, Convolved):
-        return Convolved(replace(fusion.node, tensors={"weight": np.abs(fusion.node.tensors["weight"])}))
+        return Convolved(_magnitudes(fusion.node))
+    if isinstance(fusion, Coupled):
+        return replace(fusion, couplings=tuple(_magnitudes(node) for node in fusion.couplings))
     raise Rejected(f"{found.name}: a gauge of a factored convolution cannot be checked")
+
+
+def _magnitudes(node: Node) -> Node:
+    """A layer of the absolute weights."""
+    return replace(node, tensors={"weight": np.abs(node.tensors["weight"])})
+
+
+def _coupled(calc: Arithmetic, node: Node, arguments: Mapping[str, Any]) -> tuple[Fusion, Interval]:
+    """Blocks coupled to each other, and their own entries, which are zero."""
+    shapes, described = arguments.get("shapes"), arguments.get("couplings")
+    if set(arguments) != {"shapes", "couplings"} or not isinstance(shapes, list) or not isinstance(described, list):
+        raise Rejected(f"{node.name}: its blocks are not described")
+    for shape in shapes:
+        whole = isinstance(shape, list) and all(type(size) is int and 0 < size < 2**24 for size in shape)
+        require(whole and len(shape) in (1, 3), f"{node.name}: {shape!r} is the shape of no block")
+    require(len(shapes) == len(described) + 1 > 1, f"{node.name}: {len(described)} couplings of {len(shapes)} blocks")
+    names = [f"fusion.couplings.{place}.weight" for place in range(len(described))]
+    require(set(node.tensors) == set(names), f"{node.name}: it has other tensors than a weight a coupling")
+    couplings = []
+    for name, coupling in zip(names, described, strict=True):
+        fits = isinstance(coupling, dict) and set(coupling) == {"operation", "attributes"}
+        require(fits and coupling["operation"] in ("linear", "conv2d"), f"{node.name}: a coupling is no affine layer")
+        inside = dict(coupling["attributes"])
+        couplings.append(Node(node.name, coupling["operation"], (), inside, {"weight": node.tensors[name]}))
+    return Coupled(node.name, tuple(map(tuple, shapes)), tuple(couplings)), constant(calc, calc.zero, 1)
 
 
 def _own(calc: Arithmetic, fused: Node) -> tuple[Fusion, Interval]:
@@ -298,7 +384,7 @@ def enclosed(
     top = np.maximum(v[1], calc.zero)
     reach = calc.divide((top, top), (layer.room, layer.room))[1]
     t = reach.reshape(len(reach), -1).max(1).reshape(-1, *[1] * (top.ndim - 1))
-    hi = calc.multiply((t, t), (layer.u, layer.u))[1]
+    hi = layer.cut(calc.multiply((t, t), (layer.u, layer.u))[1])
     lo = constant(calc, calc.zero, *hi.shape)[0]
     for _ in range(refinements):
         image = layer.image(calc, layer.rows(calc, (lo, hi), v))

@@ -48,11 +48,19 @@ def read_nodes(model: Blob, arithmetic: Arithmetic) -> list[Node]:
         require(left.issuperset(keys), f"{name}: a tensor is missing")
         left -= set(keys)
         known.add(name)
-        require(set(entry["tensors"]) <= TENSORS[kind], f"{name}: a tensor has no meaning")
+        require(set(entry["tensors"]) <= TENSORS[kind] | coupled(kind, arguments), f"{name}: a tensor has no meaning")
         tensors = {tensor: arithmetic.exactly(model.arrays[f"{name}/{tensor}"]) for tensor in entry["tensors"]}
         nodes.append(Node(name, kind, inputs, arguments, tensors))
     require(not left, "the model holds tensors that no node uses")
     return nodes
+
+
+def coupled(kind: str, arguments: Mapping[str, Any]) -> set[str]:
+    """The weights of the couplings of an equilibrium whose blocks are coupled; none for any other operation."""
+    fusion = arguments.get("fusion") if kind == "equilibrium" else None
+    inside = fusion.get("attributes") if isinstance(fusion, dict) and fusion.get("operation") == "feedback" else None
+    couplings = inside.get("couplings") if isinstance(inside, dict) else None
+    return {f"fusion.couplings.{place}.weight" for place in range(len(couplings or []))}
 
 
 def tensor(node: Node, name: str, *shape: int | None) -> Array:
@@ -187,6 +195,13 @@ def _flatten(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     return x[0].reshape(len(x[0]), -1), x[1].reshape(len(x[1]), -1)
 
 
+def _embed(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
+    rest = tensor(node, "rest", None)
+    flat = _flatten(arithmetic, node, x)
+    lo, hi = (np.concatenate((side, np.broadcast_to(rest, (len(side), len(rest)))), 1) for side in flat)
+    return lo, hi
+
+
 @dataclass(frozen=True)
 class Pool:
     """The windows of a pooling operation over an image of a given size, border and overhang included.
@@ -313,10 +328,11 @@ TENSORS: dict[str, set[str]] = {
     "adaptive_avg_pool2d": set(),
     "max_pool2d": set(),
     "flatten": set(),
+    "embed": {"rest"},
     "add": set(),
     "equilibrium": {"fusion.weight", "fusion.A", "fusion.B"},
 }
-"""What each operation may store."""
+"""What each operation may store; an equilibrium of coupled blocks has a weight a coupling (`layers`)."""
 
 Rule = Callable[[Arithmetic, Node, Interval], Interval]
 
@@ -330,5 +346,6 @@ RULES: dict[str, Rule] = {
     "adaptive_avg_pool2d": _average,
     "max_pool2d": _max_pool,
     "flatten": _flatten,
+    "embed": _embed,
 }
 """The rule of every operation of one input; a sum, a ReLU and an equilibrium are written out in `proof`."""

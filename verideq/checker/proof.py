@@ -304,6 +304,7 @@ class _Proof:
         if len(others) != 1 or others[0].kind != "equilibrium" or self.cases[0].claim.tolerance:
             raise Rejected("the quadratic dual takes a chain of affine maps around one equilibrium, and no tolerance")
         node, nodes = others[0], list(self.nodes)
+        require(self.proved[node.name].ceiling is None, f"{node.name}: the quadratic dual is for relu")
         shapes = {name: value[0].shape[1:] for name, value in scene.values.items()}
         units = int(np.prod(shapes[node.name]))
         identity = calc.exactly(np.eye(units)).reshape(units, *shapes[node.name])

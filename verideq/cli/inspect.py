@@ -79,6 +79,7 @@ def describe(network: nn.Module, name: str, recorded: Mapping[str, list[str]]) -
         {
             "name": place,
             "class": ", ".join(parametrizations_of(layer.fusion) or recorded.get(place, [])) or None,
+            "activation": layer.activation.name,
             "units": len(layer.operator().absolute_units()),
             **_guarantee(layer),
         }
@@ -165,7 +166,8 @@ def _show(facts: dict[str, Any]) -> None:
         table.add_row(node["name"], node["operation"], ", ".join(node["inputs"]), tensors)
     console.print(table)
     for layer in facts["equilibria"]:
-        head = f"{layer['name']}: {layer['units']} units, {layer['class'] or 'no class recorded'}"
+        kind = "" if layer["activation"] == "relu" else f"{layer['activation']}, "
+        head = f"{layer['name']}: {layer['units']} units, {kind}{layer['class'] or 'no class recorded'}"
         console.print(f"{head}: {_sentence(layer)}", markup=False)
 
 

@@ -1,6 +1,8 @@
-"""The equilibrium layer ``z* = relu(W z* + v)``: operators, solvers, gradients, gauge (docs/theory.md)."""
+"""The equilibrium layer ``z* = σ(W z* + v)``: operators, solvers, gradients, gauge (docs/theory.md)."""
 
+from verideq.equilibrium.activations import ACTIVATIONS, HARD_SIGMOID, RELU, Activation
 from verideq.equilibrium.dynamics import DEQ, Dynamics, Path, path
+from verideq.equilibrium.feedback import Coupling, Feedback, FeedbackFusion
 from verideq.equilibrium.gauge import Gauge, gauge
 from verideq.equilibrium.gradients import Gradient, Implicit, Phantom
 from verideq.equilibrium.layer import Equilibrium, System, solve
@@ -19,15 +21,22 @@ from verideq.equilibrium.solvers import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "DEQ",
+    "HARD_SIGMOID",
+    "RELU",
+    "Activation",
     "Anderson",
     "Auto",
     "Broyden",
     "Convolution",
+    "Coupling",
     "Dense",
     "Dynamics",
     "Equilibrium",
     "FactoredFusion",
+    "Feedback",
+    "FeedbackFusion",
     "ForwardBackward",
     "Gauge",
     "Gradient",

@@ -9,9 +9,11 @@ slack ``s = u - |W| u > 0``. Then, with ``q = max_i (|W|u)_i / u_i < 1``:
 2. any ``ẑ`` is within ``t u`` of it, ``t = max_i |ẑ - σ(Wẑ + v)|_i / s_i``;
 3. any box that its interval extension maps into itself contains it, for all ``v`` of the box of injections.
 
-For ReLU all of this holds as well with ``(W̃, ṽ)``, every row solved for its own unknown, in place of ``(W, v)``; a
+All of this holds as well with ``(W̃, ṽ)``, every row solved for its own unknown, in place of ``(W, v)``; a
 gauge of ``W̃`` is the non-Euclidean condition ``μ_{∞,u}(W) < 1`` (Jafarpour et al., NeurIPS 2021). A gauge of ``W`` is
 one of ``W̃`` too: from ``|d| u + o < u`` follows ``o / (1 - d) < u``.
+
+(``σ`` has to be the projection onto an interval for that, as all of `verideq.equilibrium.activations` are.)
 
 For a convolution ``u`` is one number a channel, and ``|W|`` is summed over the taps of the kernel: the interior pixel
 is the worst one, whatever the padding and the size of the image, because every padding reads each tap at most once.
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from verideq.box import TINY, gamma
+from verideq.equilibrium.feedback import Feedback
 from verideq.equilibrium.operators import Operator, exactly
 from verideq.errors import ModelError, NoGaugeError
 
@@ -100,9 +103,10 @@ def gauge(layer: Equilibrium) -> Gauge:
     if not bool(operator.absolute_units().isfinite().all()):
         raise NoGaugeError("no gauge: the weights hold NaN or infinity", float("nan"))
     rate = min(estimate_rate(operator), estimate_rate(operator.solved()[0]))
+    giving = "FeedbackGauge" if isinstance(operator, Feedback) else "IBPMonDEQ"
     raise NoGaugeError(
         f"no gauge: the spectral radius of |W| is about {rate:.4g}, and intervals need less than 1. "
-        "Train the layer with a parametrization that gives one (verideq.parametrizations.IBPMonDEQ)",
+        f"Train the layer with a parametrization that gives one (verideq.parametrizations.{giving})",
         rate,
     )
 

@@ -64,7 +64,7 @@ class Phantom:
 
 Gradient = Implicit | Phantom
 Pull = Callable[[Tensor, Tensor, Solver], Solution]
-"""The adjoint of an equilibrium from its active units, the upstream gradient and a solver (`Splitting.pull`)."""
+"""The adjoint of an equilibrium from its value, the upstream gradient and a solver (`Splitting.pull`)."""
 
 
 def differentiable(
@@ -91,7 +91,7 @@ def differentiable(
 
     def adjoint(upstream: Tensor) -> Tensor:
         if splitting is not None:
-            return _checked(splitting(value > 0, upstream, solver), throw).value
+            return _checked(splitting(value, upstream, solver), throw).value
         with torch.enable_grad():
             at = value.detach().requires_grad_()
             image = frozen(at)
@@ -111,7 +111,7 @@ def differentiable(
 def settled_value(
     value: Tensor, injection: Tensor, operators: tuple[Dense | Convolution, ...], gradient: Implicit, throw: bool
 ) -> Tensor:
-    """What `differentiable` gives for an undamped layer whose ``W`` is stored as it is, for fewer products.
+    """What `differentiable` gives for an undamped ReLU layer whose ``W`` is stored as it is, for fewer products.
 
     The derivative of the last step is read off the solution: a unit of a point is active or not; one of a pair is
     active (``c > r``), inactive (0), or cut by zero (``c = r``, half of the upper end). So no step is taken again for

@@ -1,4 +1,4 @@
-"""`Equilibrium`: the layer ``z* = relu(W z* + v)``, ``v`` the output of its injection; and `solve`."""
+"""`Equilibrium`: the layer ``z* = σ(W z* + v)``, ``v`` the output of its injection; and `solve`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from verideq.equilibrium.activations import RELU, Activation, activation_of
 from verideq.equilibrium.gradients import Gradient, Implicit, Phantom, differentiable, settled_value
 from verideq.equilibrium.monotone import Monotone
 from verideq.equilibrium.operators import Convolution, Dense, Operator, operator_of
@@ -43,7 +44,6 @@ SOLVERS: dict[str, Solver] = {
     "peaceman-rachford": PeacemanRachford(),
 }
 GRADIENTS: dict[str, Gradient] = {"implicit": Implicit(), "phantom": Phantom()}
-_RELUS: tuple[object, ...] = (F.relu, torch.relu, torch.relu_, nn.ReLU, "relu")
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,17 @@ class System:
         operator: ``W``.
         injection: (1, batch, *features), a point ``v``; or (2, batch, *features), a centre and a radius of ``v``.
         alpha: damping of the forward-backward step; 1 is Picard.
+        activation: ``σ``.
     """
 
     operator: Operator
     injection: Tensor
     alpha: float = 1.0
+    activation: Activation = RELU
 
     def start(self) -> Tensor:
         """The first iterate: what the layer gives for ``z = 0``."""
-        return self._rectify(self.injection)
+        return self.activation.parts(self.injection)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> System:
         """The same problem with every tensor changed."""
@@ -77,7 +79,7 @@ class System:
         """The map ``F`` for a point, the interval map ``G`` for a pair; ``|W|`` is formed once, here.
 
         ``G`` takes two products in centre-radius form: ``p = W c + v_c``, ``q = |W| r + v_r``,
-        ``[relu(p - q), relu(p + q)]``.
+        ``[σ(p - q), σ(p + q)]``.
         """
         operators = (self.operator,) if len(self.injection) == 1 else (self.operator, self.operator.absolute())
 
@@ -85,33 +87,20 @@ class System:
             mapped = [op.apply(part).add_(v) for op, part, v in zip(operators, x, self.injection, strict=True)]
             if self.alpha != 1:
                 mapped = [torch.lerp(part, image, self.alpha) for part, image in zip(x, mapped, strict=True)]
-            return self._rectify(torch.stack(mapped)) if len(mapped) == 1 else _rectify_pair(*mapped)
+            return self.activation.parts(torch.stack(mapped)) if len(mapped) == 1 else self.activation.pair(*mapped)
 
         return step
 
-    @staticmethod
-    def _rectify(x: Tensor) -> Tensor:
-        return F.relu(x) if len(x) == 1 else _rectify_pair(*x)
-
-
-def _rectify_pair(center: Tensor, radius: Tensor) -> Tensor:
-    """Centre and radius of relu over ``center ± radius``, without a difference of ends: a radius far below the rounding
-    of its centre keeps its digits.
-
-    Active: as it was. Inactive: zero. Between: ``[0, c + r]``, half of it twice.
-    """
-    half = (center + radius).mul_(0.5).relu_()
-    return torch.stack((torch.maximum(half, center), torch.minimum(half, radius)))
-
 
 class Equilibrium(nn.Module):
-    """A deep equilibrium layer: ``forward(x)`` is the ``z*`` with ``z* = relu(W z* + injection(x))``.
+    """A deep equilibrium layer: ``forward(x)`` is the ``z*`` with ``z* = σ(W z* + injection(x))``.
 
     Args:
         fusion: ``W``: a square `Linear`, or a stride-1 "same" `Conv2d`, without bias, whose weight may be parametrized;
-            or the factored one of `MonDEQ`.
+            or a factored one, of `MonDEQ` or a `FeedbackFusion`.
         injection: any supported module that maps the input to the shape of ``z``; its bias is the layer's ``b``.
-        activation: ReLU, in any of torch's spellings.
+        activation: ``σ``: ReLU, in any of torch's spellings, or the hard sigmoid ``clip(a, 0, 1)``, as ``hard-sigmoid``
+            or ``nn.Hardtanh(0, 1)``; the attribute is an `Activation`.
         solver: how the equilibrium is found; `Auto`, `Picard`, `Anderson`, `Broyden`, `ForwardBackward` or
             `PeacemanRachford`, or one of the names ``auto``, ``picard``, ``anderson``, ``broyden``,
             ``forward-backward`` and ``peaceman-rachford`` for their defaults.
@@ -147,11 +136,9 @@ class Equilibrium(nn.Module):
         throw: bool = True,
     ) -> None:
         super().__init__()
-        if activation not in _RELUS and not isinstance(activation, nn.ReLU):
-            raise ModelError(f"the activation of an equilibrium is relu; got {activation!r}")
         operator_of(fusion)
         self.fusion, self.injection = fusion, injection
-        self.activation = nn.ReLU()
+        self.activation = activation_of(activation)
         self.solver: Solver = _named("solver", solver, SOLVERS)
         self.gradient: Gradient = _named("gradient", gradient, GRADIENTS)
         self.throw = throw
@@ -222,7 +209,7 @@ class Equilibrium(nn.Module):
 
     def _problem(self, injection: Tensor) -> System:
         """The layer as it is, its shapes checked."""
-        system = System(self.operator(), injection)
+        system = System(self.operator(), injection, activation=self.activation)
         given, wanted = tuple(injection.shape[2:]), system.operator.shape
         if len(given) != len(wanted) or any(w is not None and w != g for g, w in zip(given, wanted, strict=True)):
             shape = ", ".join("any" if w is None else str(w) for w in wanted)
@@ -251,7 +238,8 @@ class Equilibrium(nn.Module):
             system = system if splitting is None else given
             gradient = replace(gradient, solver=_rescaled(gradient.solver, system))
             operator = system.operator
-            if splitting is None and system.alpha == 1 and isinstance(operator, (Dense, Convolution)):
+            rectified = self.activation == RELU  # whose derivative can be read off a pair
+            if splitting is None and system.alpha == 1 and rectified and isinstance(operator, (Dense, Convolution)):
                 operators = (operator,) if len(injection) == 1 else (operator, operator.absolute())
                 return settled_value(solution.value, system.injection, operators, gradient, self.throw)
         frozen = system.map(Tensor.detach)
@@ -259,7 +247,7 @@ class Equilibrium(nn.Module):
         return differentiable(solution.value, system.stepper(), frozen.stepper(), gradient, self.throw, pull)
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, gradient={self.gradient}"
+        return f"activation={self.activation.name}, solver={self.solver}, gradient={self.gradient}"
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -279,7 +267,8 @@ def _split(given: System, solver: Solver) -> Splitting | None:
     if len(given.injection) > 1 or not (wanted or monotone):
         return None
     alpha = solver.alpha if isinstance(solver, PeacemanRachford) else None
-    splitting = Splitting.of(given.operator.map(Tensor.detach), tuple(given.injection.shape[2:]), alpha)
+    shape = tuple(given.injection.shape[2:])
+    splitting = Splitting.of(given.operator.map(Tensor.detach), shape, alpha, given.activation)
     if splitting is None and wanted:
         raise ModelError(
             "PeacemanRachford inverts I - W, which is dense, or a factored convolution (MonDEQ) that is circular or "

@@ -51,9 +51,9 @@ class Operator(Protocol):
         """The same operator with every stored tensor changed: another dtype or device, or cut off from autograd."""
 
     def solved(self) -> tuple[Operator, Tensor]:
-        """Every ReLU row solved for its own unknown (docs/theory.md, the transformed layer).
+        """Every row solved for its own unknown (docs/theory.md, the transformed layer).
 
-        ``z_i = relu(W_ii z_i + rest_i)`` and ``z_i = relu(rest_i / (1 - W_ii))`` have the same solutions for
+        ``z_i = σ(W_ii z_i + rest_i)`` and ``z_i = σ(rest_i / (1 - W_ii))`` have the same solutions for
         ``W_ii < 1``. Returns ``W̃ = (I - diag W)⁻¹ offdiag W`` and the row factor ``1 / (1 - diag W)``, shaped to
         multiply an injection. Rows with ``W_ii >= 1`` are left as they are (factor 1).
         """
@@ -324,7 +324,7 @@ def operator_of(fusion: nn.Module, place: str = "fusion") -> Operator:
         return _convolution_of(fusion, place)  # type: ignore[arg-type]  # the type test above is on the original class
     raise ModelError(
         f"{place}: a fusion is a Linear or a Conv2d without bias, whose weight may be parametrized, or a factored one "
-        f"(verideq.parametrizations.MonDEQ); got {kind.__name__}"
+        f"(verideq.parametrizations.MonDEQ, verideq.equilibrium.FeedbackFusion); got {kind.__name__}"
     )
 
 

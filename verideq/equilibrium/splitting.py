@@ -1,12 +1,13 @@
 """Peaceman-Rachford splitting: the solver for monotone layers, where Picard iteration need not converge.
 
-The equilibrium of ``z = relu(W z + v)`` is the zero of the sum of two monotone operators, of ``(I - W) z - v`` and of
-the normal cone of ``z >= 0``. With ``V = (I + α (I - W))⁻¹``, factorised once a snapshot, and any ``α > 0``
+The equilibrium of ``z = σ(W z + v)`` is the zero of the sum of two monotone operators, of ``(I - W) z - v`` and of the
+normal cone of the interval that ``σ`` projects onto. With ``V = (I + α (I - W))⁻¹``, factorised once a snapshot, and
+any ``α > 0``
 
-    u <- 2 V (2 z - u + α v) - (2 z - u),      z = relu(u)
+    u <- 2 V (2 z - u + α v) - (2 z - u),      z = σ(u)
 
 contracts in the Euclidean norm where ``I - W`` is strongly monotone (Winston & Kolter, NeurIPS 2020, section 3.2). The
-adjoint equation ``y = g + Wᵀ D y``, D the 0/1 slopes of the ReLU, is a problem of the same kind: ``w = D y`` is the
+adjoint equation ``y = g + Wᵀ D y``, D the 0/1 slopes of ``σ``, is a problem of the same kind: ``w = D y`` is the
 equilibrium of ``w = D (Wᵀ w + g)``, and ``Vᵀ`` is there already.
 """
 
@@ -16,9 +17,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from verideq.equilibrium.activations import RELU, Activation
 from verideq.equilibrium.monotone import Map, Monotone, dense_inverse
 from verideq.equilibrium.operators import Dense, Operator
 from verideq.equilibrium.solvers import Solution, Solver, fixed_point
@@ -34,20 +35,25 @@ class Splitting:
         alpha: the step, positive; any serves.
         inverse: ``V``, on (batch, *features).
         adjoint: ``Vᵀ``.
+        activation: ``σ``.
     """
 
     operator: Operator
     alpha: float
     inverse: Map
     adjoint: Map
+    activation: Activation = RELU
 
     @staticmethod
-    def of(operator: Operator, shape: tuple[int, ...], alpha: float | None = None) -> Splitting | None:
+    def of(
+        operator: Operator, shape: tuple[int, ...], alpha: float | None = None, activation: Activation = RELU
+    ) -> Splitting | None:
         """The splitting for states of a shape (*features), or ``None`` where ``V`` cannot be cached.
 
         Args:
             operator: a `Monotone` one, or any `Dense` one, which is not looked at for being monotone.
             alpha: ``None``: from the norms of ``I - W``.
+            activation: ``σ``.
 
         Raises:
             ModelError: a dense ``I - W`` that is not monotone, and no `alpha` is given.
@@ -60,7 +66,7 @@ class Splitting:
             maps = dense_inverse(operator.weight, alpha)
         else:
             return None
-        return None if maps is None else Splitting(operator, alpha, *maps)
+        return None if maps is None else Splitting(operator, alpha, *maps, activation)
 
     @torch.no_grad()
     def solve(self, injection: Tensor, solver: Solver) -> Solution:
@@ -68,16 +74,17 @@ class Splitting:
 
         The residual is that of ``u``, and bounds the error of ``z`` up to the rate of contraction.
         """
-        return self._iterate(self.inverse, F.relu, injection, solver)
+        return self._iterate(self.inverse, self.activation, injection, solver)
 
     @torch.no_grad()
-    def pull(self, active: Tensor, upstream: Tensor, solver: Solver) -> Solution:
+    def pull(self, value: Tensor, upstream: Tensor, solver: Solver) -> Solution:
         """The solution ``y`` of ``y = g + Wᵀ D y``.
 
         Args:
-            active: ``D``, bool, (1, batch, *features).
+            value: the equilibrium that ``D`` is of, (1, batch, *features).
             upstream: ``g``, likewise.
         """
+        active = self.activation.active(value)
         solution = self._iterate(self.adjoint, lambda u: u * active, upstream, solver)
         pulled = upstream[0] + self.operator.transpose().apply(solution.value[0])
         return replace(solution, value=pulled[None])

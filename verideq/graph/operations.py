@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from verideq.equilibrium import Equilibrium, MonotoneFusion
+from verideq.equilibrium import Equilibrium, FeedbackFusion, MonotoneFusion
 from verideq.errors import ModelError
 
 
@@ -73,6 +73,29 @@ class Add(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+
+class Embed(nn.Module):
+    """``(x, rest)``: what is injected into the first block of a flat state, and constants for all others.
+
+    For networks whose blocks are coupled to each other (`verideq.equilibrium.FeedbackFusion`), of which the lowest
+    alone reads the input.
+
+    Args:
+        rest: (units,), what the other blocks are injected: their biases.
+
+    >>> Embed(torch.tensor([5.0]))(torch.ones(1, 1, 1, 2))
+    tensor([[1., 1., 5.]], grad_fn=<CatBackward0>)
+    """
+
+    def __init__(self, rest: Tensor) -> None:
+        super().__init__()
+        if rest.dim() != 1:
+            raise ModelError(f"the constants of an Embed are a vector, (units,); got the shape {tuple(rest.shape)}")
+        self.rest = nn.Parameter(rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x.flatten(1), self.rest.expand(len(x), -1)), 1)
 
 
 @dataclass(frozen=True)
@@ -184,7 +207,8 @@ class _EquilibriumOperation(Operation):
 
     def describe(self, module: nn.Module) -> dict[str, Any]:
         fusion = module.get_submodule("fusion")
-        return {"activation": "relu", "fusion": FUSIONS[type_before_parametrizations(fusion)].describe(fusion)}
+        described = FUSIONS[type_before_parametrizations(fusion)].describe(fusion)
+        return {"activation": module.activation.name, "fusion": described}  # type: ignore[union-attr]  # an Equilibrium's
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         fusion = module.get_submodule("fusion")
@@ -202,20 +226,20 @@ class Fusion:
 
     Args:
         kind: its name in files and messages.
-        tensors: the names of its tensors.
         describe: from an instance to ``{"operation": kind, "attributes": ...}``, JSON-ready.
-        build: from the attributes and tensors to an instance of the right shapes.
+        tensors: of an instance, by the paths of its own parameters.
+        build: from the attributes and tensors to an instance of the right shapes, with just these tensors.
     """
 
     kind: str
-    tensors: tuple[str, ...]
     describe: Callable[[Any], dict[str, Any]]
+    tensors: Callable[[Any], dict[str, Tensor]]
     build: Callable[[Mapping[str, Any], Mapping[str, Tensor]], nn.Module]
 
     def state(self, fusion: nn.Module) -> dict[str, Tensor]:
         """The tensors of an instance, materialised."""
         with torch.no_grad(), evaluating(fusion):
-            return {name: getattr(fusion, name).detach() for name in self.tensors}
+            return {name: tensor.detach() for name, tensor in self.tensors(fusion).items()}
 
 
 def _layer_fusion(kind: str) -> Fusion:
@@ -227,7 +251,7 @@ def _layer_fusion(kind: str) -> Fusion:
     def build(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
         return OPERATIONS[kind].create(attributes, tensors)
 
-    return Fusion(kind, ("weight",), describe, build)
+    return Fusion(kind, describe, lambda fusion: {"weight": fusion.weight}, build)
 
 
 def _describe_mondeq(fusion: MonotoneFusion) -> dict[str, Any]:
@@ -258,6 +282,31 @@ def _build_mondeq(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     return fusion
 
 
+def _describe_feedback(fusion: FeedbackFusion) -> dict[str, Any]:
+    """The shapes of the blocks, and the layer of every coupling."""
+    couplings = []
+    for module in fusion.couplings:
+        operation = _BY_CLASS[type_before_parametrizations(module)]
+        couplings.append({"operation": operation.kind, "attributes": operation.describe(module)})
+    return {"operation": "feedback", "attributes": {"shapes": fusion.shapes, "couplings": couplings}}
+
+
+def _feedback_tensors(fusion: FeedbackFusion) -> dict[str, Tensor]:
+    """The weights that ``W`` is made of, after any scaling of all together."""
+    couplings = fusion.operator().couplings
+    return {f"couplings.{place}.weight": coupling.weight for place, coupling in enumerate(couplings)}
+
+
+def _build_feedback(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    if set(attributes) != {"shapes", "couplings"}:
+        raise ValueError(f"a feedback fusion takes shapes and couplings; got {sorted(attributes)}")
+    couplings = []
+    for place, described in enumerate(attributes["couplings"]):
+        weight = {"weight": tensors[f"couplings.{place}.weight"]}
+        couplings.append(OPERATIONS[described["operation"]].create(described["attributes"], weight))
+    return FeedbackFusion(attributes["shapes"], couplings)
+
+
 def _build_equilibrium(attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     described = attributes["fusion"]
     known = {fusion.kind: fusion for fusion in FUSIONS.values()}
@@ -265,9 +314,12 @@ def _build_equilibrium(attributes: Mapping[str, Any], tensors: Mapping[str, Tens
         raise ValueError(f"unknown fusion {described['operation']!r}; known: {', '.join(known)}")
     kind = known[described["operation"]]
     stored = {name.removeprefix("fusion."): tensor for name, tensor in tensors.items()}
-    if set(stored) != set(kind.tensors):
-        raise ValueError(f"a {kind.kind} fusion has the tensors {sorted(kind.tensors)}; got {sorted(stored)}")
-    return Equilibrium(kind.build(described["attributes"], stored), nn.Identity(), attributes["activation"])
+    fusion = kind.build(described["attributes"], stored)
+    if set(stored) != set(kind.tensors(fusion)):
+        raise ValueError(
+            f"this {kind.kind} fusion has the tensors {sorted(kind.tensors(fusion))}; got {sorted(stored)}"
+        )
+    return Equilibrium(fusion, nn.Identity(), attributes["activation"])
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -296,6 +348,7 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation("flatten", nn.Flatten, (), refuse=_refuse_flatten),
         Operation("add", Add),
+        Operation("embed", Embed, (), ("rest",), lambda attributes, tensors: Embed(tensors["rest"], **attributes)),
         _EquilibriumOperation(
             "equilibrium", Equilibrium, ("activation", "fusion"), ("fusion.weight", "fusion.A", "fusion.B"),
             _build_equilibrium,
@@ -307,7 +360,8 @@ OPERATIONS: dict[str, Operation] = {
 FUSIONS: dict[type, Fusion] = {
     nn.Linear: _layer_fusion("linear"),
     nn.Conv2d: _layer_fusion("conv2d"),
-    MonotoneFusion: Fusion("mondeq", ("A", "B"), _describe_mondeq, _build_mondeq),
+    MonotoneFusion: Fusion("mondeq", _describe_mondeq, lambda fusion: {"A": fusion.A, "B": fusion.B}, _build_mondeq),
+    FeedbackFusion: Fusion("feedback", _describe_feedback, _feedback_tensors, _build_feedback),
 }
 """What may stand as ``W``."""
 
@@ -325,6 +379,8 @@ def parametrizations_of(module: nn.Module) -> list[str]:
     for part in module.modules():
         if isinstance(part, MonotoneFusion):
             names.append("MonDEQ")
+        if isinstance(part, FeedbackFusion) and part.scaling is not None:
+            names.append(type(part.scaling).__name__)
         if is_parametrized(part):
             for chain in part.parametrizations.values():  # type: ignore[operator]  # a ModuleDict there
                 names += [type(parametrization).__name__ for parametrization in chain]

@@ -19,7 +19,7 @@ from torch import fx, nn
 from verideq.equilibrium import Equilibrium
 from verideq.errors import UnsupportedOperation
 from verideq.graph.graph import INPUT, Graph, Node
-from verideq.graph.operations import OPERATIONS, Add, Normalize, evaluating, operation_of
+from verideq.graph.operations import OPERATIONS, Add, Embed, Normalize, evaluating, operation_of
 
 _TORCH = str(Path(torch.__file__).parent)
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -42,7 +42,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (Equilibrium, Normalize, Add)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (Equilibrium, Normalize, Add, Embed)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> Graph:

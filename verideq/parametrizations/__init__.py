@@ -2,6 +2,7 @@
 
 from verideq.parametrizations.base import Contraction, Parametrization, annealed_m, set_m
 from verideq.parametrizations.cerdeq import CerDEQ, initialise_extractor
+from verideq.parametrizations.feedback import FeedbackGauge, scaled_couplings
 from verideq.parametrizations.ibp_mondeq import IBPMonDEQ
 from verideq.parametrizations.lben import LBEN
 from verideq.parametrizations.mondeq import MonDEQ
@@ -15,6 +16,7 @@ __all__ = [
     "NEMON",
     "CerDEQ",
     "Contraction",
+    "FeedbackGauge",
     "IBPMonDEQ",
     "MonDEQ",
     "Parametrization",
@@ -23,5 +25,6 @@ __all__ = [
     "WeightNorm",
     "annealed_m",
     "initialise_extractor",
+    "scaled_couplings",
     "set_m",
 ]

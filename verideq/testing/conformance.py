@@ -29,15 +29,16 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from verideq.box import Box
 from verideq.certify import bound, prepare
-from verideq.equilibrium import Equilibrium, gauge
+from verideq.certify.method import LINEAR
+from verideq.equilibrium import HARD_SIGMOID, Equilibrium, gauge
 from verideq.equilibrium.operators import exactly
-from verideq.errors import InputError, NoGaugeError, ParametrizationError, RegionError
+from verideq.errors import InputError, ModelError, NoGaugeError, ParametrizationError, RegionError
 from verideq.graph import load_model, model_hash, save_model
 from verideq.parametrizations import Contraction, Parametrization
 from verideq.parametrizations.base import resolvent
 from verideq.region import Region
 from verideq.testing.exact import ExactModel, exact, matrix, outside
-from verideq.testing.strategies import Case, cases
+from verideq.testing.strategies import Case, bounded_cases, cases
 
 # The same test runs for every subclass, each of which is an executor of its own to hypothesis.
 _SUITE = settings(suppress_health_check=[HealthCheck.differing_executors])
@@ -63,6 +64,24 @@ class BoundMethodSuite:
     @_SUITE
     @given(cases())
     def test_no_exact_output_leaves_its_bound(self, case: Case) -> None:
+        self.check(case)
+
+    def test_no_exact_output_of_a_hard_sigmoid_leaves_its_bound(self) -> None:
+        if self.method in LINEAR:
+
+            @settings(_SUITE, max_examples=max(1, self.examples // 3))
+            @given(bounded_cases())
+            def search(case: Case) -> None:
+                self.check(case)
+
+            search()
+            return
+        layer = Equilibrium(nn.Linear(2, 2, bias=False), nn.Linear(1, 2), HARD_SIGMOID)
+        with pytest.raises(ModelError, match=f"method {self.method} is for ReLU equilibria; .* is hard-sigmoid"):
+            bound(layer, Region(torch.zeros(1, 1), 0), method=self.method)
+
+    def check(self, case: Case) -> None:
+        """No exact output of a case leaves its bound, however early the solver is stopped."""
         prepared, truth = prepare(case.model), ExactModel(case.model)
         outputs = [[truth(point) for point in points] for points in case.points]
         for C in (None, case.C):

@@ -6,6 +6,7 @@ rational; nothing here rounds. For models of a few units only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import product
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from verideq.equilibrium.feedback import Feedback
 from verideq.equilibrium.monotone import Monotone, MonotoneDense
 from verideq.equilibrium.operators import Convolution, Dense, Operator
 from verideq.errors import InputError
@@ -46,6 +48,11 @@ def select(mask: np.ndarray, yes: np.ndarray | Fraction, no: np.ndarray | Fracti
 def relu(x: np.ndarray) -> np.ndarray:
     """``max(x, 0)``."""
     return select(x > 0, x, ZERO)
+
+
+def clip(x: np.ndarray, ceiling: Fraction | None) -> np.ndarray:
+    """``min(max(x, 0), ceiling)``; ``None`` for no ceiling."""
+    return relu(x) if ceiling is None else select(x < ceiling, relu(x), ceiling)
 
 
 def _source(index: int, size: int, mode: str) -> int | None:
@@ -112,6 +119,8 @@ def matrix(operator: Operator, shape: tuple[int, ...]) -> np.ndarray:
         return monotone
     if type(operator) is Dense:
         return exact(operator.weight)
+    if isinstance(operator, Feedback):
+        return _coupled(operator)
     if not isinstance(operator, Convolution):
         raise InputError(f"no exact matrix is known for {type(operator).__name__}")
     full = convolution_matrix(
@@ -119,6 +128,23 @@ def matrix(operator: Operator, shape: tuple[int, ...]) -> np.ndarray:
     )
     size = int(np.prod(shape))
     return full.reshape(size, size)
+
+
+def _coupled(operator: Feedback) -> np.ndarray:
+    """Every coupling as a matrix below the diagonal, and its transpose above it."""
+    sizes = [int(np.prod(shape)) for shape in operator.blocks]
+    ends = np.cumsum([0, *sizes])
+    full = zeros(ends[-1], ends[-1])
+    for place, coupling in enumerate(operator.couplings):
+        weight = exact(coupling.weight)
+        if weight.ndim == 4:
+            (rows, columns), (down, right) = coupling.padding, coupling.stride
+            pads = (columns, columns, rows, rows)
+            weight = convolution_matrix(weight, coupling.below, pads, (down, right))
+        below, above = slice(*ends[place : place + 2]), slice(*ends[place + 1 : place + 3])
+        full[above, below] = weight.reshape(sizes[place + 1], sizes[place])
+        full[below, above] = full[above, below].T
+    return full
 
 
 def _factor(operator: Monotone, factor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
@@ -158,76 +184,88 @@ def solve_linear(matrix: np.ndarray, right: np.ndarray) -> np.ndarray | None:
     return solution
 
 
-def is_equilibrium(W: np.ndarray, v: np.ndarray, z: np.ndarray) -> bool:
-    """Whether ``z = relu(W z + v)``, exactly."""
-    return bool((z == relu(W @ z + v)).all())
+OFF, INSIDE, FULL = 0, 1, 2
+"""Where a unit is: at zero, between the ends, at the ceiling."""
 
 
-def _candidates(W: np.ndarray, v: np.ndarray) -> Iterator[tuple[bool, ...]]:
-    """Active sets worth trying: a float64 iterate's, then what each exact attempt suggests, then all of them."""
-    guess = _float_guess(W, v)
+def is_equilibrium(W: np.ndarray, v: np.ndarray, z: np.ndarray, ceiling: Fraction | None = None) -> bool:
+    """Whether ``z = min(max(W z + v, 0), ceiling)``, exactly."""
+    return bool((z == clip(W @ z + v, ceiling)).all())
+
+
+def _states(p: np.ndarray, ceiling: Fraction | float | None) -> tuple[int, ...]:
+    """Where units with these pre-activations are."""
+    above = np.zeros(len(p), dtype=bool) if ceiling is None else p >= ceiling
+    return tuple((np.array(p > 0, dtype=int) + np.array(above, dtype=int)).tolist())
+
+
+def _candidates(W: np.ndarray, v: np.ndarray, ceiling: Fraction | None) -> Iterator[tuple[int, ...]]:
+    """States worth trying: a float64 iterate's, then what each exact attempt suggests, then all of them."""
+    guess = _float_guess(W, v, ceiling)
     for _ in range(2 * len(v)):
         yield guess
-        z = _with_active(W, v, guess)
+        z = _with_states(W, v, guess, ceiling)
         if z is None:
             break
-        after = tuple((W @ z + v > 0).tolist())
+        after = _states(W @ z + v, ceiling)
         if after == guess:
             break
         guess = after
     if len(v) <= ENUMERATED:
-        yield from product((False, True), repeat=len(v))
+        yield from product((OFF, INSIDE) if ceiling is None else (OFF, INSIDE, FULL), repeat=len(v))
 
 
-def _float_guess(W: np.ndarray, v: np.ndarray) -> tuple[bool, ...]:
-    """The active set after Picard steps, the rows solved for their own unknowns, and a few Newton steps."""
+def _float_guess(W: np.ndarray, v: np.ndarray, ceiling: Fraction | None) -> tuple[int, ...]:
+    """The states after Picard steps, the rows solved for their own unknowns, and a few Newton steps."""
     scale = max((abs(value) for value in v), default=ZERO) or Fraction(1)
+    top = None if ceiling is None else float(ceiling / scale)
     matrix, right = W.astype(float), (v / scale).astype(float)
     factor = 1 / np.where(np.diag(matrix) < 1, 1 - np.diag(matrix), 1)
     off = (matrix - np.diag(np.diag(matrix))) * factor[:, None]
     z = np.zeros(len(v))
-    for _ in range(10):
-        z = np.maximum(off @ z + right * factor, 0)
-    identity, active = np.eye(len(v)), matrix @ z + right > 0
+    for _ in range(10 if ceiling is None else 200):
+        z = np.clip(off @ z + right * factor, 0, top)
+    identity, states = np.eye(len(v)), _states(matrix @ z + right, top)
     for _ in range(20):
-        last = active
+        last, inside, full = states, np.array(states) == INSIDE, np.array(states) == FULL
         try:
-            z = np.linalg.solve(identity - matrix * active[:, None], right * active)
+            z = np.linalg.solve(identity - matrix * inside[:, None], right * inside + (top or 0.0) * full)
         except np.linalg.LinAlgError:
             break
-        active = matrix @ z + right > 0
-        if bool((active == last).all()):
+        states = _states(matrix @ z + right, top)
+        if states == last:
             break
-    return tuple(active.tolist())
+    return states
 
 
-def _with_active(W: np.ndarray, v: np.ndarray, active: tuple[bool, ...]) -> np.ndarray | None:
-    """The solution of ``z = W z + v`` on the active units, zero elsewhere."""
-    units = [i for i, on in enumerate(active) if on]
-    z = zeros(len(v))
+def _with_states(W: np.ndarray, v: np.ndarray, states: tuple[int, ...], ceiling: Fraction | None) -> np.ndarray | None:
+    """The solution of ``z = W z + v`` on the units that are inside, with the others at their ends."""
+    units = [i for i, state in enumerate(states) if state == INSIDE]
+    z = select(np.array(states) == FULL, ceiling or ZERO, zeros(len(v)))
     if not units:
         return z
     identity = select(np.eye(len(units), dtype=bool), Fraction(1), ZERO)
-    part = solve_linear(identity - W[np.ix_(units, units)], v[units])
+    part = solve_linear(identity - W[np.ix_(units, units)], (v + W @ z)[units])
     if part is None:
         return None
     z[units] = part
     return z
 
 
-def equilibrium(W: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The exact ``z = relu(W z + v)``; where a gauge exists it is the only one.
+def equilibrium(W: np.ndarray, v: np.ndarray, ceiling: Fraction | None = None) -> np.ndarray:
+    """The exact ``z = min(max(W z + v, 0), ceiling)``; where a gauge exists it is the only one.
 
     Args:
         W: (units, units).
         v: (units,).
+        ceiling: ``None`` for a ReLU.
 
     Raises:
         InputError: none was found.
     """
-    for active in _candidates(W, v):
-        z = _with_active(W, v, active)
-        if z is not None and is_equilibrium(W, v, z):
+    for states in _candidates(W, v, ceiling):
+        z = _with_states(W, v, states, ceiling)
+        if z is not None and is_equilibrium(W, v, z, ceiling):
             return z
     raise InputError(f"no exact equilibrium was found among the active sets of {len(v)} units")
 
@@ -236,8 +274,8 @@ class ExactModel:
     """A model in exact arithmetic.
 
     Args:
-        graph: of linear, conv2d, normalize, relu, pooling, flatten, add and equilibrium operations. A batch
-            normalisation has a square root, and so no rational value.
+        graph: of linear, conv2d, normalize, relu, pooling, flatten, embed, add and equilibrium operations. A
+            batch normalisation has a square root, and so no rational value.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -285,7 +323,8 @@ _LINEAR: dict[str, Callable[[Any, tuple[int, ...]], np.ndarray]] = {
 
 def _apply(kind: str, module: Any, matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
     if kind == "equilibrium":
-        z: np.ndarray = equilibrium(matrix, x.reshape(-1)).reshape(x.shape)
+        ceiling = None if module.activation.ceiling == math.inf else Fraction(module.activation.ceiling)
+        z: np.ndarray = equilibrium(matrix, x.reshape(-1), ceiling).reshape(x.shape)
         return z
     y: np.ndarray = np.tensordot(matrix, x, axes=x.ndim)
     if module.bias is None:
@@ -325,6 +364,7 @@ _RULES: dict[str, Callable[..., np.ndarray]] = {
     "adaptive_avg_pool2d": _average,
     "max_pool2d": _maximum,
     "flatten": lambda module, x: np.ravel(x),
+    "embed": lambda module, x: np.concatenate((np.ravel(x), exact(module.rest))),
     "add": lambda module, a, b: a + b,
 }
 

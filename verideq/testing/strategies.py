@@ -6,6 +6,7 @@ can read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -15,8 +16,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from verideq.equilibrium import Equilibrium
-from verideq.graph import INPUT, Graph, Node
+from verideq.equilibrium import HARD_SIGMOID, Equilibrium, FeedbackFusion
+from verideq.graph import INPUT, Embed, Graph, Node
 from verideq.region import Region, parse_eps
 from verideq.testing.exact import exact, select
 
@@ -142,6 +143,64 @@ def convolution_cases(draw: st.DrawFn) -> Case:
 def cases() -> st.SearchStrategy[Case]:
     """Both kinds."""
     return st.one_of(linear_cases(), convolution_cases())
+
+
+BLOCKS: tuple[tuple[tuple[tuple[int, ...], ...], tuple[Callable[[], nn.Module], ...]], ...] = (
+    (((2,), (3,)), (lambda: nn.Linear(2, 3, bias=False),)),
+    (((1, 2, 2), (2,)), (lambda: nn.Linear(4, 2, bias=False),)),
+    (
+        ((1, 3, 2), (2, 2, 1), (2,)),
+        (lambda: nn.Conv2d(1, 2, (2, 3), 2, 1, bias=False), lambda: nn.Linear(4, 2, bias=False)),
+    ),
+    (((2, 3, 1), (1, 1, 1)), (lambda: nn.Conv2d(2, 1, (2, 1), (3, 1), bias=False),)),
+)
+"""Blocks and what couples them: strides that divide nothing, padding, taps that are stepped over."""
+
+
+@st.composite
+def coupled_cases(draw: st.DrawFn) -> Case:
+    """A hard sigmoid of blocks that are coupled to each other, the first of which is injected; a last linear layer.
+
+    Its gauge is that of its channels, of a rate of up to ``1 - 2⁻²⁰``.
+    """
+    shapes, make = draw(st.sampled_from(BLOCKS))
+    fusion = FeedbackFusion(shapes, [build() for build in make]).double()
+    with torch.no_grad():
+        for raw in fusion.raw():
+            raw.weight.copy_(_integers(draw, *raw.weight.shape))
+        sums = fusion.operator().absolute_units()
+        rate = draw(st.sampled_from([rate for rate in ROWS if rate < 1]))
+        for raw in fusion.raw():
+            raw.weight.mul_(rate / sums.sum(1).max().clamp(min=1))
+    first = int(np.prod(shapes[0]))
+    shape = (1, *shapes[0][1:]) if len(shapes[0]) == 3 else (2,)
+    injection = nn.Conv2d(1, shapes[0][0], 1) if len(shape) == 3 else nn.Linear(2, first)
+    region, points = draw(regions(shape, torch.float64))
+    scale = draw(st.sampled_from((1.0, 4.0, 16.0)))
+    rest = Embed(_integers(draw, sum(int(np.prod(s)) for s in shapes[1:])) * scale / 8)
+    last = nn.Linear(first + len(rest.rest), draw(st.integers(1, 2)))
+    nodes = [
+        Node("injection", injection, (INPUT,)),
+        Node("embed", rest, ("injection",)),
+        Node("equilibrium", Equilibrium(fusion, nn.Identity(), "hard-sigmoid"), ("embed",)),
+        Node("last", last, ("equilibrium",)),
+    ]
+    graph = Graph(nodes, input_shape=shape, pixel_range=region.clip).to(torch.float64)
+    with torch.no_grad():
+        _fill(draw, injection, scale)
+        _fill(draw, last, 1.0)
+    return Case(graph, region, points, _integers(draw, draw(st.integers(1, 2)), last.out_features))
+
+
+@st.composite
+def bounded_cases(draw: st.DrawFn) -> Case:
+    """Equilibria of the hard sigmoid: those of `cases`, and coupled blocks."""
+    if draw(st.booleans()):
+        return draw(coupled_cases())
+    case = draw(cases())
+    for _, layer in case.model.equilibria():
+        layer.activation = HARD_SIGMOID
+    return case
 
 
 def _finish(

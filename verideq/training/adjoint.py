@@ -20,13 +20,11 @@ from verideq.training.loss import Pass
 
 
 class _Relaxed(Relaxed):
-    """A slope whose gradient is finite everywhere: that of a quotient of zeros is not, even where nothing takes it."""
+    """Slopes whose gradient is finite everywhere: that of a quotient of zeros is not, even where nothing takes it."""
 
-    @property
-    def slope(self) -> Tensor:
-        unstable, high = self.unstable, self.pre.upper
-        width = torch.where(unstable, high - self.pre.lower, 1.0)
-        return torch.where(unstable, high / width, 1.0)
+    @staticmethod
+    def _chord(rise: Tensor, width: Tensor, kinked: Tensor) -> Tensor:
+        return torch.where(kinked, rise / torch.where(kinked, width, 1.0), 1.0)
 
 
 class _Scene(Scene):
@@ -40,11 +38,7 @@ def _rule(steps: int) -> Rule:
     search = crown("adaptive", tol=1e-3, max_steps=steps)
 
     def rule(known: Relaxed, q: Tensor) -> Tensor:
-        low, high = known.pre.lower[:, None], known.pre.upper[:, None]
-        divisor = known.divisor()
-        on, off = low >= 0, high <= 0
-        lower = torch.where(on, 1.0, torch.where(off, 0.0, (high > -low).to(q))) / divisor
-        upper = torch.where(on, 1.0, torch.where(off, 0.0, known.slope[:, None])) / divisor
+        lower, upper = (side[:, None] / known.divisor() for side in known.slopes("adaptive"))
         if known.operator is not None:
             with torch.no_grad():
                 g = search(known, q).flatten(0, 1)
@@ -92,7 +86,8 @@ def adjoint_least(one: Pass, boxes: Mapping[str, Box], rows: Tensor, steps: int)
             solved, factor = operator.solved()
             center = solved.apply(z.center) + factor * box.center
             radius = solved.absolute().apply(z.radius) + factor * box.radius
-            relaxed[node.name] = _Relaxed(node, Box(center - radius, center + radius), z, operator)
+            pre, ceiling = Box(center - radius, center + radius), node.module.activation.ceiling
+            relaxed[node.name] = _Relaxed(node, pre, z, operator, ceiling=ceiling)
     if not nodes:
         q = boxes[INPUT]
         least: Tensor = (rows @ q.center[:, :, None] - rows.abs() @ q.radius[:, :, None])[:, :, 0]

@@ -149,7 +149,7 @@ def _layers(model: nn.Module, images: Tensor) -> list[tuple[Callable[[Tensor], T
         if isinstance(layer, Equilibrium):
             v = layer.injection(inputs[0])
             operator = layer.operator()
-            seen.append((lambda z: F.relu(operator.apply(z) + v), output))
+            seen.append((lambda z: layer.activation(operator.apply(z) + v), output))
 
     hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, Equilibrium)]
     try:

@@ -50,8 +50,9 @@ def diagnose(model: nn.Module, images: Tensor, box: Box) -> dict[str, Any]:
             if node.operation.kind != "equilibrium":
                 continue
             layer, v = dict(graph.equilibria())[node.name], boxes[node.inputs[0]]
-            step = System(layer.operator(), torch.stack((v.center, v.radius))).stepper()
-            x, widths = torch.zeros_like(torch.stack((v.center, v.radius))), [0.0]
+            pair = torch.stack((v.center, v.radius))
+            step = System(layer.operator(), pair, activation=layer.activation).stepper()
+            x, widths = torch.zeros_like(pair), [0.0]
             for _ in range(STEPS):
                 x = step(x)
                 widths.append(float(2 * x[1].mean()))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from verideq.box import Box
-from verideq.equilibrium import Equilibrium
+from verideq.equilibrium import RELU, Equilibrium, FeedbackFusion
+from verideq.errors import InputError
 from verideq.graph import INPUT, Node
 from verideq.training.loss import Ball, Pass
 
@@ -30,6 +31,9 @@ def bound_penalty(one: Pass, boxes: Mapping[str, Box], threshold: float) -> Tens
         one: after `Pass.run`.
         boxes: of `Pass.enclosed`.
         threshold: ``τ``.
+
+    Raises:
+        InputError: an equilibrium that is no ReLU.
     """
     nodes = [node for node in one.graph.nodes if isinstance(node.module, (nn.ReLU, Equilibrium))]
     first = one.graph.nodes[0]
@@ -37,6 +41,11 @@ def bound_penalty(one: Pass, boxes: Mapping[str, Box], threshold: float) -> Tens
     width = _mean(one, given.radius)
     total = width.new_zeros(())
     for node in nodes:
+        if isinstance(node.module, Equilibrium) and node.module.activation != RELU:
+            raise InputError(
+                f"the tightness and ReLU regularisers are for ReLU equilibria; {node.name} is "
+                f"{node.module.activation.name}: leave them out"
+            )
         box = _rectified(node, boxes)
         center, radius = box.center, box.radius
         total = total + (threshold - width / _mean(one, radius)).clamp(min=0)
@@ -65,12 +74,13 @@ def _rectified(node: Node, boxes: Mapping[str, Box]) -> Box:
 
 
 def l1_penalty(one: Pass) -> Tensor:
-    """The sum of the absolute weights of linear and convolutional layers and of every stored ``W``."""
+    """The sum of the absolute weights of linear and convolutional layers, of every stored ``W`` and of couplings."""
     total = one.clean[INPUT].new_zeros(())
     for node in one.graph.nodes:
-        layers = [node.module.get_submodule("fusion")] if isinstance(node.module, Equilibrium) else [node.module]
-        for layer in layers:
-            weight = getattr(layer, "weight", None)
+        layer = node.module.get_submodule("fusion") if isinstance(node.module, Equilibrium) else node.module
+        parts = layer.operator().couplings if isinstance(layer, FeedbackFusion) else [layer]
+        for part in parts:
+            weight = getattr(part, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() > 1:
                 total = total + weight.abs().sum()
     return total
@@ -93,6 +103,7 @@ def jacobian_penalty(one: Pass, draw: torch.Generator) -> Tensor:
         z = one.clean[node.name].detach()
         shape = (one.world.size * len(z), *z.shape[1:])
         v = torch.randn(shape, generator=draw)[one.world.part(shape[0])].to(z)
-        pulled = node.module.operator().transpose().apply(torch.where(z > 0, v, 0.0))
+        layer = node.module
+        pulled = layer.operator().transpose().apply(torch.where(layer.activation.active(z), v, 0.0))
         total = total + _mean(one, pulled.square())
     return total

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from verideq.equilibrium import Equilibrium, Operator
+from verideq.errors import UnsupportedOperation
 
 WHOLE = "verideq::Equilibrium"
 """``(v, *free) -> z``."""
@@ -38,7 +39,15 @@ def record(layer: Equilibrium, v: Tensor, *, split: bool) -> Tensor:
         layer: called.
         v: its injection, (batch, *features).
         split: see `verideq.certify.lirpa.custom_ops`.
+
+    Raises:
+        UnsupportedOperation: the layer is no ReLU equilibrium.
     """
+    if layer.activation.name != "relu":
+        raise UnsupportedOperation(
+            f"auto_LiRPA's nodes are for ReLU equilibria; this one is {layer.activation.name}: bound the model with "
+            "verideq.bound"
+        )
     number = next(_NUMBERS)
     _LAYERS[number] = layer
     free = tuple(layer.fusion.parameters())
