@@ -6,10 +6,10 @@
     python benchmarks/certified_training.py table
 
 `run` trains by the row's recipe, certifies the test split by intervals, and it or its first N samples by `auto`, every
-certificate checked, and keeps the row in ``results/certified-training.json``; interrupted, it goes on where it was. `cost` is a smoke run: an
-epoch of the first samples at full radius, and what a whole epoch takes at that rate, for rows whose recipe wants a GPU.
-`twins` trains an equilibrium and its explicit twin from the same recipe, for as many epochs and for as many seconds.
-`table` writes the rows as a table. One thread; CPU seconds, because the machine is shared.
+certificate checked, and keeps the row in ``results/certified-training.json``; interrupted, it goes on where it was.
+`cost` is a smoke run: an epoch of the first samples at full radius, and what a whole epoch takes at that rate, for rows
+whose recipe wants a GPU. `twins` trains an equilibrium and its explicit twin from the same recipe, for as many epochs
+and for as many seconds. `table` writes the rows as a table. One thread; CPU seconds, because the machine is shared.
 """
 
 from __future__ import annotations
