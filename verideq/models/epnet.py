@@ -5,10 +5,10 @@ kernel, through the *primitive function*
 
     Φ(x, s; θ) = Σ_n ⟨pool_n(conv_n(s_{n-1}) + b_n), s_n⟩,
 
-and all blocks move at once, from zero: ``s <- σ(∂Φ/∂s)``. The steady state is the stationary point, on the unit box, of
-the energy ``‖s‖² / (2 L) - Φ``, with ``L`` the slope of the hard sigmoid ``σ`` (Scellier & Bengio 2017; Laborieux et al.
-2021; Mansingh et al.). ``∂Φ/∂s_n`` is what comes from below plus what the layer above sends back through its transposed
-kernel, to where its pooling took it from.
+and all blocks move at once, from zero: ``s <- σ(∂Φ/∂s)``. A steady state is a stationary point, on the unit box, of the
+energy ``‖s‖² / (2 L) - Φ``, with ``L`` the slope of the hard sigmoid ``σ`` (Scellier & Bengio 2017; Laborieux et al.
+2021; Mansingh et al. 2024). ``∂Φ/∂s_n`` is what comes from below, plus what the layer above sends back through its
+transposed kernel, to where its pooling took it from.
 
 Max pooling sends back to the winner only: the step is then discontinuous where two units tie, and nothing about it can
 be certified. Average pooling and strides are linear: with them the net is an `Equilibrium` (`EPNet.certifiable`).
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from verideq.equilibrium import DEQ, Gradient, Implicit, Picard
 from verideq.equilibrium.dynamics import Injected
-from verideq.errors import InputError, ModelError, UnknownName
+from verideq.errors import InputError, UnknownName
 from verideq.graph import Normalize
+from verideq.parametrizations.feedback import scaled_couplings
 
 POOLS = ("max", "average", "stride", "none")
 ACTIVATIONS: dict[str, float] = {"hard-sigmoid": 1.0, "half": 0.5}
@@ -155,8 +156,8 @@ class EPNet(DEQ):
             raise UnknownName("first_pool", first_pool, POOLS)
         if len(input_shape) != 3 or not (channels or hidden) or free_steps < 1 or not 0 <= margin < 1:
             raise InputError(
-                "an EPNet takes images (channels, height, width), a block or more, 1 or more free_steps and a margin in "
-                f"[0, 1); got {tuple(input_shape)}, {(*channels, *hidden)}, {free_steps} and {margin}"
+                "an EPNet takes images (channels, height, width), a block or more, 1 or more free_steps and a margin "
+                f"in [0, 1); got {tuple(input_shape)}, {(*channels, *hidden)}, {free_steps} and {margin}"
             )
         if margin and pool == "max":
             raise InputError("a margin needs pool average, stride or none: max pooling sends back with jumps")
@@ -193,6 +194,8 @@ class EPNet(DEQ):
             self.shapes.append((above,))
         if readout == "cross-entropy":
             self.classifier = nn.Linear(units[-1], classes)
+        if margin and len(self.shapes) < 2:
+            raise InputError("a margin needs two blocks or more: one block alone has no feedback")
         self.to(memory_format=torch.channels_last)  # max pooling on a CPU is ten times faster so
 
     # --- the couplings ------------------------------------------------------------------------------------------------
@@ -210,7 +213,14 @@ class EPNet(DEQ):
             how, pad = self.pools[n], self.paddings[n]
             weight = fold(weight) if how == "average" else weight
             found.append(Link(weight, bias, 2 if how in ("average", "stride") else 1, pad, how == "max"))
-        return found
+        if not self.margin:
+            return found
+        # The first one carries no feedback, and is free.
+        kernels, strides = [link.weight for link in found[1:]], [link.stride for link in found[1:]]
+        scaled = scaled_couplings(kernels, self.shapes, strides, self.margin)
+        return found[:1] + [
+            replace(link, weight=weight / self.slope) for link, weight in zip(found[1:], scaled, strict=True)
+        ]
 
     def drive(self, x: Tensor, couplings: Sequence[Link]) -> Tensor:
         """What the input sends to the first block, (batch, *block); the same in every step."""
