@@ -222,6 +222,12 @@ class EPNet(DEQ):
             replace(link, weight=weight / self.slope) for link, weight in zip(found[1:], scaled, strict=True)
         ]
 
+    def parts(self) -> Iterator[nn.Module]:
+        """The couplings from the input on, and the readout, if there is one: each has a learning rate."""
+        yield from self.couplings
+        if self.readout == "cross-entropy":
+            yield self.classifier
+
     def drive(self, x: Tensor, couplings: Sequence[Link]) -> Tensor:
         """What the input sends to the first block, (batch, *block); the same in every step."""
         return couplings[0].up(self.stem(x))[0]

@@ -5,8 +5,8 @@ With ``Ψ(θ, s, β) = Φ(x, s; θ) - β C(s, y; θ)`` and ``s^β`` the steady s
     dC(s⁰)/dθ = -d/dβ ∂Ψ/∂θ (θ, s^β, β) at β = 0                          (Scellier & Bengio 2017, theorem 1),
 
 so that two phases ``a`` and ``b`` estimate it by ``-[∂Ψ/∂θ(s^a, a) - ∂Ψ/∂θ(s^b, b)] / (a - b)``. The update is local:
-in ``Φ`` a kernel meets the two blocks that it couples, and no other. The estimators differ in their phases (Laborieux et
-al. 2021):
+in ``Φ`` a kernel meets the two blocks that it couples, and no other. The estimators differ in their phases (Laborieux
+et al. 2021):
 
 * ``one-sided``: ``β`` and 0, the free state; its error is of the order of ``β``;
 * ``random-sign``: likewise, with ``β`` of a sign drawn for every batch, so that the errors cancel on average;
