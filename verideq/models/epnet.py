@@ -77,7 +77,7 @@ class Link:
             return F.linear(above, self.weight.t()).view(shape)
         side = [n + 2 * self.padding - self.weight.shape[2] + 1 for n in shape[2:]]
         if places is not None:
-            above = F.max_unpool2d(above, places, 2, output_size=side)
+            above = F.max_unpool2d(above, places, [2, 2], output_size=side)
         rest = [(n - 1) % self.stride for n in side]
         return F.conv_transpose2d(above, self.weight, None, self.stride, self.padding, rest)
 
@@ -196,7 +196,9 @@ class EPNet(DEQ):
             self.classifier = nn.Linear(units[-1], classes)
         if margin and len(self.shapes) < 2:
             raise InputError("a margin needs two blocks or more: one block alone has no feedback")
-        self.to(memory_format=torch.channels_last)  # max pooling on a CPU is ten times faster so
+        for layer in self.couplings:
+            if isinstance(layer, nn.Conv2d):  # channels last: max pooling on a CPU is ten times faster so
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
     # --- the couplings ------------------------------------------------------------------------------------------------
 
@@ -206,7 +208,8 @@ class EPNet(DEQ):
         """
         found: list[Link] = []
         for n, layer in enumerate(self.couplings):
-            weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+            weight: Tensor = layer.get_parameter("weight")
+            bias = layer.get_parameter("bias")
             if isinstance(layer, nn.Linear):
                 found.append(Link(weight, bias))
                 continue
@@ -316,7 +319,7 @@ class EPNet(DEQ):
         """``∂C/∂s`` at the last block, (batch, units)."""
         if self.readout == "squared":
             return last - F.one_hot(labels, last.shape[1])
-        outputs = self.classifier(last)
+        outputs: Tensor = self.classifier(last)
         error = outputs.softmax(1) - F.one_hot(labels, outputs.shape[1])
         return error @ self.classifier.get_parameter("weight")
 

@@ -178,7 +178,7 @@ class EnergyTrainer(PlainTrainer[EnergyRecipe, EPNet]):
     def _accuracies(self, images: Tensor, labels: Tensor, steps: int) -> list[float]:
         """The accuracy after each step of the free phase."""
         self.model.eval()
-        parts = zip(images.split(PART), labels.split(PART), strict=True)
+        parts = zip(torch.split(images, PART), torch.split(labels, PART), strict=True)
         right = sum(self.model.curve(x, y, steps) for x, y in parts)
         return [float(count) / len(labels) for count in torch.as_tensor(right)]
 
@@ -205,7 +205,8 @@ class EnergyTrainer(PlainTrainer[EnergyRecipe, EPNet]):
 
     def progress(self, line: Line) -> str:
         held = "" if line["validation_error"] is None else f"  held out: error {line['validation_error']:6.2%}"
-        return f"loss {line['loss']:<8.3g} error {line['train_error']:6.2%}{held}  last step changes {line['residual']:.2g}"
+        residual = f"residual {line['residual']:.2g}"
+        return f"loss {line['loss']:<8.3g} error {line['train_error']:6.2%}{held}  {residual}"
 
     def advice(self, path: Path) -> str:
         settling = json.loads((self.folder / "settling.json").read_text(encoding="utf-8"))
