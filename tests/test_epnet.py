@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from verideq.equilibrium import Implicit
-from verideq.errors import InputError, UnknownName
+from verideq.equilibrium import Equilibrium, Implicit, gauge
+from verideq.errors import InputError, ModelError, NoGaugeError, UnknownName
+from verideq.graph import load_model, save_model
 from verideq.models.epnet import EPNet, fold
 from verideq.training.propagation import Propagation
 
@@ -274,3 +276,58 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], error: type[
 def test_estimators_that_make_no_sense_are_refused(given: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         Propagation(**given)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool": "average", "margin": 0.2},
+        {"pool": "stride", "margin": 0.2, "first_pool": "max", "readout": "cross-entropy"},
+        {"pool": "average", "margin": 0.2, "activation": "half", "mean": (0.1,), "std": (0.3,)},
+        {"pool": "average", "margin": 0.0},
+        {"channels": (), "hidden": (7, 5), "margin": 0.1, "pool": "none"},
+    ],
+)
+def test_a_certifiable_net_has_the_outputs_of_the_steady_state(options: dict[str, Any], tmp_path: Path) -> None:
+    net, (x, _) = net_of(free_steps=500, **options), batch()
+    model = net.certifiable()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), net(x), rtol=1e-7, atol=1e-8)
+    path = tmp_path / "model.safetensors"
+    save_model(model, path)
+    loaded = load_model(path)
+    assert loaded.input_shape == (1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x))
+    (layer,) = [layer for _, layer in loaded.equilibria()]
+    if net.margin:
+        assert gauge(layer).rate(layer) < 1
+
+
+def test_max_pooling_above_the_first_convolution_has_no_certificate() -> None:
+    with pytest.raises(ModelError, match="tie"):
+        net_of(pool="max").certifiable()
+    with pytest.raises(ModelError, match="two blocks"):
+        net_of(channels=(2,), hidden=(), readout="cross-entropy").certifiable()
+
+
+def test_feedback_through_max_pooling_jumps_at_a_tie() -> None:
+    """Why: a change of 1e-9 of one unit moves the feedback from one place to another."""
+    net = net_of(channels=(1, 1), hidden=(), kernel=1, free_steps=5)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(1.0)
+    links = net.snapshot()
+    drive = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    states = [torch.full((1, *shape), 0.5, dtype=torch.float64) for shape in net.shapes]
+    before = net.pull(drive, states, links)[0]
+    states[0][0, 0, 1, 1] += 1e-9
+    after = net.pull(drive, states, links)[0]
+    assert float((after - before).detach().abs().max()) == 0.5
+
+
+def test_a_net_without_a_margin_may_have_no_gauge() -> None:
+    net = net_of(pool="average", channels=(16, 32))
+    (layer,) = [m for m in net.certifiable() if isinstance(m, Equilibrium)]
+    with pytest.raises(NoGaugeError, match="spectral radius"):
+        gauge(layer)

@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from verideq.equilibrium import DEQ, Gradient, Implicit, Picard
+from verideq.equilibrium import DEQ, Equilibrium, FeedbackFusion, Gradient, Implicit, Picard
 from verideq.equilibrium.dynamics import Injected
-from verideq.errors import InputError, UnknownName
-from verideq.graph import Normalize
+from verideq.equilibrium.layer import linear
+from verideq.errors import InputError, ModelError, UnknownName
+from verideq.graph import Embed, Normalize
 from verideq.parametrizations.feedback import scaled_couplings
 
 POOLS = ("max", "average", "stride", "none")
@@ -60,6 +61,16 @@ class Link:
     def detach(self) -> Link:
         """Without a gradient."""
         return replace(self, weight=self.weight.detach(), bias=self.bias.detach())
+
+    def module(self) -> nn.Conv2d | nn.Linear:
+        """The same map as a layer, max pooling apart; the tensors are copied."""
+        if self.weight.dim() == 2:
+            return linear(self.weight, self.bias)
+        outputs, inputs, kernel, _ = self.weight.shape
+        layer = nn.Conv2d(inputs, outputs, kernel, self.stride, self.padding)
+        layer.weight = nn.Parameter(self.weight.detach().clone())
+        layer.bias = nn.Parameter(self.bias.detach().clone())
+        return layer
 
     def up(self, below: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the block below sends up, and the places that max pooling took it from."""
@@ -333,6 +344,52 @@ class EPNet(DEQ):
             for states in self.settling(drive, self.rest(drive), couplings, steps)
         ]
         return torch.stack(right)
+
+    # --- what can be certified ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def certifiable(self) -> nn.Sequential:
+        """The net as supported operations: what the input sends, an `Equilibrium` of all blocks, a linear readout.
+
+        Its outputs are those of the steady state, which the free phase of a net without a margin need not reach. The
+        slope of the activation stands in the weights.
+
+        Raises:
+            ModelError: max pooling above the first convolution, whose feedback jumps where two units tie; or one block,
+                which has no feedback.
+        """
+        links = self.snapshot()
+        if len(links) < 2:
+            raise ModelError("one block has no feedback, and is no equilibrium; give the net two blocks or more")
+        if any(link.pooled for link in links[1:]):
+            raise ModelError(
+                "max pooling above the first convolution sends its feedback to the winner, which jumps where two units "
+                'tie: no Lipschitz constant, no gauge, no certificate; train with pool = "average" or "stride" '
+                '(first_pool = "max" may stay)'
+            )
+        first, *rest = [
+            replace(link, weight=self.slope * link.weight, bias=self.slope * link.bias).module() for link in links
+        ]
+        layers = [self.stem] if isinstance(self.stem, Normalize) else []
+        layers += [nn.Flatten()] if isinstance(first, nn.Linear) else []
+        layers += [first, *([nn.MaxPool2d(2)] if links[0].pooled else [])]
+        biases = [
+            layer.get_parameter("bias").repeat_interleave(math.prod(shape[1:]))
+            for layer, shape in zip(rest, self.shapes[1:], strict=True)
+        ]
+        for layer in rest:
+            layer.bias = None  # type: ignore[assignment]  # injected instead
+        fusion = FeedbackFusion(self.shapes, rest)
+        layers += [Embed(torch.cat(biases)), Equilibrium(fusion, nn.Identity(), "hard-sigmoid")]
+        units, last = sum(map(math.prod, self.shapes)), math.prod(self.shapes[-1])
+        if self.readout == "squared":
+            weight, bias = torch.eye(last, dtype=links[-1].weight.dtype, device=links[-1].weight.device), None
+        else:
+            weight, bias = (self.classifier.get_parameter(name) for name in ("weight", "bias"))
+        layers.append(linear(F.pad(weight, (units - last, 0)), bias))
+        model = nn.Sequential(*layers)
+        model.input_shape, model.pixel_range = self.input_shape, self.pixel_range  # type: ignore[assignment]  # attributes
+        return model.eval()
 
     # --- a general DEQ ------------------------------------------------------------------------------------------------
 
