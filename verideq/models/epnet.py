@@ -426,6 +426,13 @@ class EPNet(DEQ):
         v = injected["v"]
         return self.join(self.phase(v, self.rest(v), self.snapshot(), self.free_steps))
 
+    def extra_repr(self) -> str:
+        # What a run is told apart by, besides the weights.
+        return (
+            f"slope={self.slope:g}, readout={self.readout}, pools={self.pools}, free_steps={self.free_steps}, "
+            f"tol={self.solver.tol}, margin={self.margin:g}"
+        )
+
     def split(self, z: Tensor) -> States:
         """A flat state, (batch, units), as its blocks."""
         parts = torch.split(z, [math.prod(shape) for shape in self.shapes], 1)
@@ -434,3 +441,28 @@ class EPNet(DEQ):
     def join(self, states: States) -> Tensor:
         """The blocks as a flat state."""
         return torch.cat([s.flatten(1) for s in states], 1)
+
+
+def mnist() -> EPNet:
+    """The net of ``recipes/equilibrium-propagation/mnist.toml``, for ``verideq attack verideq.models.epnet:mnist``."""
+    return EPNet((1, 28, 28), 10, channels=(16, 32), free_steps=12)
+
+
+def mnist_gauge() -> EPNet:
+    """The net of ``recipes/equilibrium-propagation/mnist-gauge.toml``, likewise."""
+    return EPNet((1, 28, 28), 10, channels=(32,), kernel=5, pool="stride", free_steps=8, margin=0.05)
+
+
+def cifar10() -> EPNet:
+    """The EP-CNN of ``recipes/equilibrium-propagation/cifar10.toml``, likewise: the sizes of Laborieux et al."""
+    return EPNet(
+        (3, 32, 32),
+        10,
+        channels=(128, 256, 512, 512),
+        paddings=(1, 1, 1, 0),
+        activation="half",
+        readout="cross-entropy",
+        free_steps=250,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.6069, 0.5982, 0.603),
+    )

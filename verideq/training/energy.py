@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from verideq.data import Dataset, load
-from verideq.errors import DataError, InputError, RecipeError
+from verideq.errors import DataError, InputError, ModelError, RecipeError
+from verideq.graph import save_model
 from verideq.models.epnet import EPNet
 from verideq.training.augment import augmented
 from verideq.training.plain import Line, PlainRecipe, PlainTrainer
@@ -105,6 +106,8 @@ class EnergyTrainer(PlainTrainer[EnergyRecipe, EPNet]):
     """One run of equilibrium propagation in one folder; see `PlainTrainer`."""
 
     recipe_type = EnergyRecipe
+    refusal = ""
+    """Why there is no model file."""
 
     def build(self) -> EPNet:
         return self.recipe.net(self.data.input_shape, self.data.classes)
@@ -196,6 +199,17 @@ class EnergyTrainer(PlainTrainer[EnergyRecipe, EPNet]):
             images = test.scaled(slice(None)).to(self.device, torch.float32)
             shown["test"] = self._accuracies(images, test.labels.to(self.device), steps)
         (self.folder / "settling.json").write_text(json.dumps(shown) + "\n", encoding="utf-8")
+        try:
+            certifiable = self.model.certifiable()
+        except ModelError as error:
+            self.refusal = str(error)
+        else:
+            save_model(certifiable, self.model_file)
+
+    @property
+    def model_file(self) -> Path:
+        """The net as supported operations, where it can be written as such."""
+        return self.folder / "model.safetensors"
 
     def _test(self) -> Dataset | None:
         try:
@@ -212,7 +226,10 @@ class EnergyTrainer(PlainTrainer[EnergyRecipe, EPNet]):
         settling = json.loads((self.folder / "settling.json").read_text(encoding="utf-8"))
         found = settling.get("test")
         right = "" if found is None else f", {found[self.model.free_steps - 1]:.2%} of the test split right"
+        after = f"{self.model_file}: the model; certify it: verideq certify {self.model_file} --data {self.recipe.data}"
+        if self.refusal:
+            after = f"no model file: {self.refusal}"
         return (
             f"{path}: the weights of an energy-based network{right}; attack it: verideq attack MODULE:BUILDER "
-            f"--weights {path} --data {self.recipe.data}"
+            f"--weights {path} --data {self.recipe.data}\n{after}"
         )
