@@ -49,6 +49,7 @@ class EnergyRecipe(PlainRecipe):
         cosine_epochs: the rates fall along half a cosine in so many epochs, then stay; 0: in all of them.
         last_rate: at its end.
         held_out: the last samples of the training split, which the accuracy by step is measured on.
+        tested: the first samples of the test split, whose accuracy by step is measured in the end; 0 for all.
         noise: uniform noise of at most so much, on every pixel of a training image.
     """
 
@@ -64,6 +65,7 @@ class EnergyRecipe(PlainRecipe):
     cosine_epochs: int = 0
     last_rate: float = 1e-5
     held_out: int = 0
+    tested: int = 0
     noise: float = 0.0
     batch_size: int = 64
     augment: AugmentTable = field(default_factory=AugmentTable)
@@ -71,7 +73,7 @@ class EnergyRecipe(PlainRecipe):
     def __post_init__(self) -> None:
         self.propagation()
         self.at_least(1, "epochs", "batch_size")
-        self.at_least(0, "samples", "held_out", "cosine_epochs", "weight_decay", "noise", "last_rate")
+        self.at_least(0, "samples", "held_out", "tested", "cosine_epochs", "weight_decay", "noise", "last_rate")
         need("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
         rates = all(0 < rate < float("inf") for rate in self.learning_rates) and len(self.learning_rates) > 0
         need("learning_rates", self.learning_rates, rates, "positive numbers")
@@ -196,8 +198,9 @@ class EnergyTrainer(PlainTrainer[EnergyRecipe, EPNet]):
             shown["held out"] = self._accuracies(self.held_images, self.held_labels, steps)
         test = self._test()
         if test is not None:
-            images = test.scaled(slice(None)).to(self.device, torch.float32)
-            shown["test"] = self._accuracies(images, test.labels.to(self.device), steps)
+            part = slice(0, self.recipe.tested or len(test))
+            images = test.scaled(part).to(self.device, torch.float32)
+            shown["test"] = self._accuracies(images, test.labels[part].to(self.device), steps)
         (self.folder / "settling.json").write_text(json.dumps(shown) + "\n", encoding="utf-8")
         try:
             certifiable = self.model.certifiable()

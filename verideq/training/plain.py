@@ -167,11 +167,13 @@ class PlainTrainer(ABC, Generic[RecipeT, NetT]):
         log = Log(self.folder)
         log.cut(self.epoch)
         while self.epoch < self.epochs:
-            started, seed = time.monotonic(), self.recipe.seed * 1_000_003 + self.epoch
+            started, processor = time.monotonic(), time.process_time()
+            seed = self.recipe.seed * 1_000_003 + self.epoch
             torch.manual_seed(seed)  # of dropout
             line = self.train(torch.Generator().manual_seed(seed))
             self.epoch += 1
-            line = {"epoch": self.epoch, **line, "seconds": round(time.monotonic() - started, 3)}
+            spent = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - processor}
+            line = {"epoch": self.epoch, **line, **{name: round(value, 3) for name, value in spent.items()}}
             log.append(line)
             meta = {"epoch": self.epoch, **self._meta()}
             write_checkpoint(self.checkpoint, self.model, {}, self.optimizer, meta)
