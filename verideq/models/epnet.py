@@ -370,7 +370,7 @@ class EPNet(DEQ):
         first, *rest = [
             replace(link, weight=self.slope * link.weight, bias=self.slope * link.bias).module() for link in links
         ]
-        layers = [self.stem] if isinstance(self.stem, Normalize) else []
+        layers: list[nn.Module] = [self.stem] if isinstance(self.stem, Normalize) else []
         layers += [nn.Flatten()] if isinstance(first, nn.Linear) else []
         layers += [first, *([nn.MaxPool2d(2)] if links[0].pooled else [])]
         biases = [
@@ -378,7 +378,7 @@ class EPNet(DEQ):
             for layer, shape in zip(rest, self.shapes[1:], strict=True)
         ]
         for layer in rest:
-            layer.bias = None  # type: ignore[assignment]  # injected instead
+            layer.bias = None  # injected instead
         fusion = FeedbackFusion(self.shapes, rest)
         layers += [Embed(torch.cat(biases)), Equilibrium(fusion, nn.Identity(), "hard-sigmoid")]
         units, last = sum(map(math.prod, self.shapes)), math.prod(self.shapes[-1])
