@@ -445,7 +445,7 @@ class EPNet(DEQ):
 
 def mnist() -> EPNet:
     """The net of ``recipes/equilibrium-propagation/mnist.toml``, for ``verideq attack verideq.models.epnet:mnist``."""
-    return EPNet((1, 28, 28), 10, channels=(16, 32), free_steps=12)
+    return EPNet((1, 28, 28), 10, channels=(32,), kernel=5, free_steps=6)
 
 
 def mnist_gauge() -> EPNet:
