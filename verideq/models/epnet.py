@@ -450,7 +450,7 @@ def mnist() -> EPNet:
 
 def mnist_gauge() -> EPNet:
     """The net of ``recipes/equilibrium-propagation/mnist-gauge.toml``, likewise."""
-    return EPNet((1, 28, 28), 10, channels=(32,), kernel=5, pool="stride", free_steps=8, margin=0.05)
+    return EPNet((1, 28, 28), 10, channels=(), hidden=(256,), free_steps=8, pool="none", margin=0.05)
 
 
 def cifar10() -> EPNet:

@@ -50,6 +50,8 @@ class EnergyRecipe(PlainRecipe):
         last_rate: at its end.
         held_out: the last samples of the training split, which the accuracy by step is measured on.
         tested: the first samples of the test split, whose accuracy by step is measured in the end; 0 for all.
+        adversary: train on inputs that one step moves uphill in an l_inf ball, by the same rule; its radius, which grows
+            over the first half of the run; 0 for none.
         noise: uniform noise of at most so much, on every pixel of a training image.
     """
 
@@ -66,6 +68,7 @@ class EnergyRecipe(PlainRecipe):
     last_rate: float = 1e-5
     held_out: int = 0
     tested: int = 0
+    adversary: float = 0.0
     noise: float = 0.0
     batch_size: int = 64
     augment: AugmentTable = field(default_factory=AugmentTable)
@@ -73,7 +76,8 @@ class EnergyRecipe(PlainRecipe):
     def __post_init__(self) -> None:
         self.propagation()
         self.at_least(1, "epochs", "batch_size")
-        self.at_least(0, "samples", "held_out", "tested", "cosine_epochs", "weight_decay", "noise", "last_rate")
+        self.at_least(0, "samples", "held_out", "tested", "cosine_epochs", "weight_decay", "last_rate")
+        self.at_least(0, "noise", "adversary")
         need("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
         rates = all(0 < rate < float("inf") for rate in self.learning_rates) and len(self.learning_rates) > 0
         need("learning_rates", self.learning_rates, rates, "positive numbers")
@@ -145,6 +149,9 @@ class EnergyTrainer(PlainTrainer[EnergyRecipe, EPNet]):
             rate = self.optimizer.param_groups[0]["lr"]
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             images, labels = self._changed(self.images[rows], draw), self.labels[rows]
+            if recipe.adversary:
+                radius = recipe.adversary * min(2 * (self.epoch + step / self.steps) / recipe.epochs, 1.0)
+                images = how.adversary(self.model, images, labels, radius, draw, self.data.clip)
             self.optimizer.zero_grad()
             settled = how.backward(self.model, images, labels, draw)
             self.optimizer.step()

@@ -17,13 +17,14 @@ Backpropagation through time (``bptt``), through the steps of the free phase, is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from verideq.errors import InputError, UnknownName
-from verideq.models.epnet import EPNet, States
+from verideq.models.epnet import EPNet, Link, States
 
 ESTIMATORS = ("symmetric", "one-sided", "random-sign", "bptt")
 
@@ -77,34 +78,75 @@ class Propagation:
         with torch.enable_grad():
             couplings = net.snapshot()
             drive = net.drive(x, couplings)
-        with torch.no_grad():
-            fixed = [coupling.detach() for coupling in couplings]
-            given = drive.detach()
-            free = net.phase(given, net.rest(given), fixed, net.free_steps)
-            cost, outputs = net.cost(free, labels), net.read(free)
-            beta = self.beta
-            if self.estimator == "random-sign" and bool(torch.rand((), generator=draw) < 0.5):
-                beta = -beta
-            phases: tuple[tuple[float, States], tuple[float, States]]
-            if self.estimator == "symmetric":
-                # Both in one batch: the same numbers, in fewer and larger products.
-                signs = torch.tensor([beta, -beta], dtype=x.dtype, device=x.device).repeat_interleave(len(x))[:, None]
-                twice = [torch.cat((block, block)) for block in free]
-                both = net.phase(
-                    torch.cat((given, given)), twice, fixed, self.nudged_steps, beta=signs, labels=labels.repeat(2)
-                )
-                up, down = zip(*(block.chunk(2) for block in both), strict=True)
-                phases = (beta, list(up)), (-beta, list(down))
-            else:
-                nudged = net.phase(given, free, fixed, self.nudged_steps, beta=beta, labels=labels)
-                phases = (beta, nudged), (0.0, free)
+        free, ((a, at_a), (b, at_b)) = self._phases(net, drive.detach(), couplings, labels, draw)
         with torch.enable_grad():
-            (a, at_a), (b, at_b) = phases
             change = net.primitive(drive, at_a, couplings) - net.primitive(drive, at_b, couplings)
             if net.readout == "cross-entropy":  # whose own weights stand in C, and nowhere else
                 change = change - a * net.cost(at_a, labels) + b * net.cost(at_b, labels)
             (change / ((b - a) * len(x))).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        return Settled(cost / len(x), outputs)
+        with torch.no_grad():
+            return Settled(net.cost(free, labels) / len(x), net.read(free))
+
+    def slope(self, net: EPNet, x: Tensor, labels: Tensor, draw: torch.Generator | None = None) -> Tensor:
+        """The estimated gradient of the cost of every sample with respect to its input, (batch, *features).
+
+        The input is clamped and coupled to the first block alone, so that this is as local as the update of a kernel.
+        """
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            couplings = [coupling.detach() for coupling in net.snapshot()]
+            drive = net.drive(at, couplings)
+            if self.estimator == "bptt":
+                value = net.cost(net.phase(drive, net.rest(drive), couplings, net.free_steps), labels)
+            else:
+                _, ((a, at_a), (b, at_b)) = self._phases(net, drive.detach(), couplings, labels, draw)
+                value = (drive * (at_a[0] - at_b[0])).sum() / (b - a)
+            (gradient,) = torch.autograd.grad(value, at)
+        return gradient
+
+    def adversary(
+        self,
+        net: EPNet,
+        x: Tensor,
+        labels: Tensor,
+        radius: float,
+        draw: torch.Generator,
+        clip: tuple[float, float] | None = (0.0, 1.0),
+    ) -> Tensor:
+        """The inputs moved uphill in an l_inf ball: from a uniform point of it one sign step along `slope`, of five
+        quarters of the radius (Wong, Rice & Kolter, ICLR 2020), with no gradient but the propagated one.
+        """
+        noise = radius * (2 * torch.rand(x.shape, generator=draw) - 1).to(x)
+        start = x + noise if clip is None else (x + noise).clamp(*clip)
+        moved = start + 1.25 * radius * self.slope(net, start, labels, draw).sign()
+        moved = torch.minimum(torch.maximum(moved, x - radius), x + radius)
+        return moved if clip is None else moved.clamp(*clip)
+
+    @torch.no_grad()
+    def _phases(
+        self, net: EPNet, drive: Tensor, couplings: Sequence[Link], labels: Tensor, draw: torch.Generator | None
+    ) -> tuple[States, tuple[tuple[float, States], tuple[float, States]]]:
+        """The free state, and the two nudges with the states that the estimate is made of."""
+        couplings = [coupling.detach() for coupling in couplings]
+        free = net.phase(drive, net.rest(drive), couplings, net.free_steps)
+        beta = self.beta
+        if self.estimator == "random-sign" and bool(torch.rand((), generator=draw) < 0.5):
+            beta = -beta
+        if self.estimator != "symmetric":
+            nudged = net.phase(drive, free, couplings, self.nudged_steps, beta=beta, labels=labels)
+            return free, ((beta, nudged), (0.0, free))
+        # Both in one batch: the same numbers, in fewer and larger products.
+        signs = torch.tensor([beta, -beta], dtype=drive.dtype, device=drive.device).repeat_interleave(len(drive))
+        both = net.phase(
+            torch.cat((drive, drive)),
+            [torch.cat((block, block)) for block in free],
+            couplings,
+            self.nudged_steps,
+            beta=signs[:, None],
+            labels=labels.repeat(2),
+        )
+        up, down = zip(*(block.chunk(2) for block in both), strict=True)
+        return free, ((beta, list(up)), (-beta, list(down)))
 
     def _through_time(self, net: EPNet, x: Tensor, labels: Tensor) -> Settled:
         with torch.enable_grad():
