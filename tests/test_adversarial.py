@@ -27,7 +27,8 @@ from verideq.training.adversarial import (
     trades_loss,
     truncated_outputs,
 )
-from verideq.training.adversary import AdversarialTrainer, kind_of, make_adversarial, read_adversarial
+from verideq.training.adversary import AdversarialRecipe, AdversarialTrainer
+from verideq.training.kinds import kind_of
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "adversarial"
 SMALL = {
@@ -204,7 +205,7 @@ def test_the_truncated_network_is_tied_layers_from_zero() -> None:
 @pytest.mark.parametrize("loss", ["pgd-at", "trades", "clean"])
 @pytest.mark.parametrize("gradient", ["exact", "phantom"])
 def test_training_lowers_the_loss(loss: str, gradient: str, tmp_path: Path) -> None:
-    recipe = make_adversarial(
+    recipe = AdversarialRecipe.make(
         SMALL
         | {"loss": loss, "gradient": gradient, "epochs": 3, "jacobian": 0.01, "learning_rate": 0.01, "eps": "0.02"}
     )
@@ -220,7 +221,7 @@ def test_training_lowers_the_loss(loss: str, gradient: str, tmp_path: Path) -> N
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    recipe = make_adversarial(SMALL | {"random_states": 3, "crop": 1, "flip": True, "epochs": 3})
+    recipe = AdversarialRecipe.make(SMALL | {"random_states": 3, "crop": 1, "flip": True, "epochs": 3})
     whole = AdversarialTrainer(recipe, tmp_path / "whole", torch.device("cpu")).run()
 
     def interrupt(line: dict[str, object]) -> None:
@@ -235,16 +236,16 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert torn.read_bytes() == whole.read_bytes()
     numbers = [json.loads(line)["epoch"] for line in (tmp_path / "torn" / "log.jsonl").read_text().splitlines()]
     assert numbers == [1, 2, 3, 4]
-    other = make_adversarial(SMALL | {"seed": 1})
+    other = AdversarialRecipe.make(SMALL | {"seed": 1})
     with pytest.raises(ResumeError, match="another recipe"):
         AdversarialTrainer(other, tmp_path / "torn", torch.device("cpu"), resume=True)
 
 
 def test_the_command_trains_and_its_weights_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(make_adversarial(SMALL).toml(), encoding="utf-8")
+    path.write_text(AdversarialRecipe.make(SMALL).toml(), encoding="utf-8")
     assert kind_of(path) == "adversarial"
-    assert read_adversarial(path) == make_adversarial(SMALL)
+    assert AdversarialRecipe.read(path) == AdversarialRecipe.make(SMALL)
     arguments = ["train", str(path), "--out", str(tmp_path / "run"), "--threads", "1", "--device", "cpu"]
     assert command([*arguments, "--set", "epochs=1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -258,10 +259,10 @@ def test_the_shipped_recipes_are_valid() -> None:
     names = sorted(path.name for path in RECIPES.glob("*.toml"))
     assert names == ["cifar10.toml", "deq-large.toml", "mnist.toml"]
     for name in names:
-        recipe = read_adversarial(RECIPES / name)
+        recipe = AdversarialRecipe.read(RECIPES / name)
         assert read_values(recipe.toml()) == recipe
     with torch.device("meta"):
-        large = read_adversarial(RECIPES / "deq-large.toml")
+        large = AdversarialRecipe.read(RECIPES / "deq-large.toml")
         model = general_named(large.architecture, (3, 32, 32), 10)
     assert sum(p.numel() for p in model.parameters()) == 11_097_438
 
@@ -269,7 +270,7 @@ def test_the_shipped_recipes_are_valid() -> None:
 def read_values(text: str) -> object:
     import tomllib
 
-    return make_adversarial(tomllib.loads(text))
+    return AdversarialRecipe.make(tomllib.loads(text))
 
 
 @pytest.mark.parametrize(
@@ -289,11 +290,11 @@ def read_values(text: str) -> object:
 )
 def test_bad_recipes_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        make_adversarial(values)
+        AdversarialRecipe.make(values)
 
 
 def test_wrong_sizes_are_refused(tmp_path: Path) -> None:
-    recipe = make_adversarial(SMALL | {"options": {"width": 3}})
+    recipe = AdversarialRecipe.make(SMALL | {"options": {"width": 3}})
     with pytest.raises(RecipeError, match="options"):
         AdversarialTrainer(recipe, tmp_path, torch.device("cpu"))
 

@@ -158,9 +158,13 @@ class Suite:
         return PGD().follow(model, region, C, rhs, points, wanted, stop=stop)
 
     def _distinct(self, dynamics: Dynamics) -> tuple[Stage, ...]:
-        """Of a model without an equilibrium every state is the last one: each attack once."""
+        """Of a model without an equilibrium every state is the last one: each attack once. Of one that is run for a
+        fixed number of steps, the first attack at each number of them that it names.
+        """
         if not isinstance(dynamics, PlainDynamics):
-            return self.stages
+            first, *others = self.stages
+            unrolled = (Stage(first.attack, Unrolled((0,), steps)) for steps in dynamics.attack_steps)
+            return (first, *unrolled, *others)
         return tuple({stage.attack.name: Stage(stage.attack) for stage in self.stages}.values())
 
 

@@ -12,13 +12,8 @@ from rich.console import Console
 from verideq.cli.options import Device, Interrupted, Json, Threads, choose_device, use_threads
 from verideq.distributed import joined
 from verideq.training import Recipe, Trainer, read_recipe
-from verideq.training.adversary import (
-    KIND,
-    AdversarialRecipe,
-    AdversarialTrainer,
-    kind_of,
-    read_adversarial,
-)
+from verideq.training.kinds import KINDS, kind_of
+from verideq.training.plain import PlainRecipe, PlainTrainer
 
 
 def train(
@@ -40,49 +35,44 @@ def train(
 ) -> int:
     """Train a model so that it can be certified; with torchrun, in several processes."""
     extra = [f"data={json.dumps(data)}"] * (data is not None) + [f"seed={seed}"] * (seed is not None)
-    chosen: Recipe | AdversarialRecipe
-    if kind_of(recipe) == KIND:
-        chosen = read_adversarial(recipe, [*(settings or []), *extra])
-    else:
-        chosen = read_recipe(recipe, [*(settings or []), *extra])
+    given, kind = [*(settings or []), *extra], kind_of(recipe)
+    chosen: Recipe | PlainRecipe = (
+        read_recipe(recipe, given) if kind is None else KINDS[kind].recipe_type.read(recipe, given)
+    )
     if show:
         typer.echo(chosen.toml(), nl=False)
         return 0
     use_threads(threads)
     folder = out or Path("runs") / recipe.stem
-    if isinstance(chosen, AdversarialRecipe):
-        _train_adversarially(AdversarialTrainer(chosen, folder, choose_device(device), resume=resume), as_json=as_json)
+    if isinstance(chosen, PlainRecipe):
+        _train_plainly(KINDS[chosen.kind](chosen, folder, choose_device(device), resume=resume), as_json=as_json)
         return 0
     with joined(choose_device(device)) as (world, place):
         _train(Trainer(chosen, folder, place, resume=resume, world=world), as_json=as_json)
     return 0
 
 
-def _train_adversarially(trainer: AdversarialTrainer, *, as_json: bool) -> None:
-    recipe, folder = trainer.recipe, trainer.folder
+def _train_plainly(trainer: PlainTrainer[Any, Any], *, as_json: bool) -> None:
+    folder, epochs, last = trainer.folder, trainer.epochs, dict[str, Any]()
     console = Console(stderr=True, highlight=False, emoji=False, quiet=as_json)
-    epochs, last = trainer.pretraining + recipe.epochs, dict[str, Any]()
     console.print(f"{len(trainer.labels)} samples, {trainer.steps} steps an epoch, {epochs} epochs; {folder}")
 
     def report(line: dict[str, Any]) -> None:
         last.update(line)
-        console.print(
-            f"epoch {line['epoch']:>3}/{epochs}  {line['phase']:<9} loss {line['loss']:<8.3g} "
-            f"error {line['train_error']:6.2%}  residual {line['residual']:.2g}  {line['seconds']:.1f} s"
-        )
+        console.print(f"epoch {line['epoch']:>3}/{epochs}  {trainer.progress(line)}  {line['seconds']:.1f} s")
 
     try:
         path = trainer.run(report=report)
     except KeyboardInterrupt:
         raise Interrupted(folder) from None
+    from verideq.report.training import write_training_report  # matplotlib takes a second to load
+
+    page = write_training_report(folder)
     if as_json:
         typer.echo(json.dumps({"weights": str(path), **last}))
     else:
-        console.print(
-            f"{path}: the weights of a general DEQ, which has no certificate; attack it: verideq attack MODULE:BUILDER "
-            f"--weights {path} --data {recipe.data}",
-            soft_wrap=True,
-        )
+        console.print(trainer.advice(path), soft_wrap=True)
+        console.print(f"{page}: the curves", soft_wrap=True)
 
 
 def _train(trainer: Trainer, *, as_json: bool) -> None:

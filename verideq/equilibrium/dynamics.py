@@ -30,6 +30,13 @@ _SOLVER, _GRADIENT = Broyden(), Phantom()
 class Dynamics(ABC):
     """A model as ``z <- step(z; injected)`` with ``outputs = head(z)``."""
 
+    @property
+    def attack_steps(self) -> tuple[int, ...]:
+        """Numbers of steps from zero whose unrolled gradients attacks try besides: of a model that is run for a fixed
+        number of them, and whose strongest attack sees another one.
+        """
+        return ()
+
     @abstractmethod
     def inject(self, x: Tensor) -> Injected:
         """What the inputs (batch, *features) inject, differentiable."""

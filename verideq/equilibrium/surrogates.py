@@ -95,7 +95,8 @@ class Unrolled(Surrogate):
     """From intermediate states ``z_n``, `steps` damped iterations ``z <- (1-λ) z + λ f(z)``, and backpropagation.
 
     Args:
-        states: the ``n``, from 1.
+        states: the ``n``, from 0: ``z_0`` is the start, from which the steps are those of a model that stops after
+            `steps` of them.
         steps: ``k``, the paper's ``K_a``.
         damping: ``λ`` in (0, 1].
         track: the forward path, whose states these are.
@@ -107,7 +108,7 @@ class Unrolled(Surrogate):
     track: Solver = field(default=TRACK, repr=False)
 
     def __post_init__(self) -> None:
-        _check_states(self.states)
+        _check_states(self.states, 0)
         if self.steps < 1 or not 0 < self.damping <= 1:
             raise InputError(
                 f"an unrolling takes 1 or more steps and a damping in (0, 1]; got {self.steps} and {self.damping}"
@@ -117,10 +118,12 @@ class Unrolled(Surrogate):
         with torch.enable_grad():
             at = x.detach().requires_grad_()
             injected = dynamics.inject(at)
-            states = path(dynamics, injected, self.track, max(self.states)).states
+            last = max(self.states)
+            states = [dynamics.start(injected).detach()]
+            states += path(dynamics, injected, self.track, last).states if last else []
             losses, means = [], []
             for n in self.states:
-                z = states[n - 1]
+                z = states[n]
                 for _ in range(self.steps):
                     z = (1 - self.damping) * z + self.damping * dynamics.step(z, injected)
                 outputs = dynamics.head(z, injected)
@@ -204,9 +207,9 @@ def _slope(losses: Tensor, at: Tensor, outputs: Tensor) -> Slope:
     return Slope(losses.detach(), gradient, outputs.detach())
 
 
-def _check_states(states: tuple[int, ...]) -> None:
-    if not states or min(states) < 1:
-        raise InputError(f"states along a forward pass are numbered from 1; got {states}")
+def _check_states(states: tuple[int, ...], least: int = 1) -> None:
+    if not states or min(states) < least:
+        raise InputError(f"states along a forward pass are numbered from {least} here; got {states}")
 
 
 def _places(states: tuple[int, ...]) -> str:

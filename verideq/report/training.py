@@ -32,6 +32,7 @@ class TrainingRun:
         epochs: the lines of ``log.jsonl``.
         diagnosis: ``diagnosis.json``, or nothing where the run has not got there.
         recipe: the text of ``recipe.toml``.
+        settling: ``settling.json``, or nothing where no energy-based network was trained.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class TrainingRun:
     epochs: list[dict[str, Any]]
     diagnosis: dict[str, dict[str, Any]]
     recipe: str
+    settling: dict[str, Any]
 
 
 Curve = tuple[int, str, str, Sequence[float], Sequence[float]]
@@ -73,12 +75,14 @@ def _read(folder: Path) -> TrainingRun:
         text = (folder / "log.jsonl").read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]  # what follows the last newline was torn off by an interruption
         epochs = [json.loads(line) for line in whole.splitlines()]
-        path = folder / "diagnosis.json"
-        diagnosis = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        diagnosis, settling = (
+            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            for path in (folder / "diagnosis.json", folder / "settling.json")
+        )
         recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is no whole folder of `verideq train`: {error}; train again") from error
-    return TrainingRun(folder, folder.resolve().name, epochs, diagnosis, recipe)
+    return TrainingRun(folder, folder.resolve().name, epochs, diagnosis, recipe, settling)
 
 
 def _page(runs: Sequence[TrainingRun]) -> str:
@@ -116,9 +120,10 @@ def _claim(run: TrainingRun) -> str:
         )
     ]
     head = ["errors", "clean", "not certified by intervals"]
+    radius = f", eps {last['eps']:.4g} in the last one" if "eps" in last else ""
     return (
-        f'<p class="claim"><b>{escape(run.name)}:</b> {last["epoch"]} epochs, eps {last["eps"]:.4g} in the last one, '
-        f"{seconds:.0f} seconds.</p>{html_table(head, rows, 'Errors')}"
+        f'<p class="claim"><b>{escape(run.name)}:</b> {last["epoch"]} epochs{radius}, {seconds:.0f} seconds.</p>'
+        f"{html_table(head, rows, 'Errors')}"
     )
 
 
@@ -176,7 +181,22 @@ def _figures(runs: Sequence[TrainingRun]) -> list[str]:
     depth = curves(lambda d: {"": list(d["depth"].values())} if d else {})
     steps = curves(lambda d: d.get("steps", {}))
     singular = curves(lambda d: d.get("singular", {}))
+    settling: list[Curve] = [
+        (
+            index,
+            line,
+            _named(runs, run, name),
+            range(1, len(run.settling[name]) + 1),
+            [100 * a for a in run.settling[name]],
+        )
+        for index, run in enumerate(runs)
+        for line, name in zip(LINES, ("test", "held out"), strict=False)
+        if name in run.settling
+    ]
+    steps_of = sorted({run.settling["free_steps"] for run in runs if run.settling})
+    caption = f"Accuracy after each step of the free phase, which ends at {', '.join(map(str, steps_of))}."
     return [
+        _drawn("settling", "step of the free phase", "accuracy in %", settling, caption),
         _drawn(
             "depth", "layer", "bound growth", depth, "Mean radius after each layer over that of the input.", log=True
         ),

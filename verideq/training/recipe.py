@@ -199,12 +199,7 @@ class Recipe:
 
     def toml(self) -> str:
         """The recipe in full, every default spelled out."""
-        values = asdict(self) | {"options": self.all_options()}
-        lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
-        for table, inner in values.items():
-            if isinstance(inner, dict):
-                lines += ["", f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in inner.items())]
-        return "\n".join(lines) + "\n"
+        return toml_of(asdict(self) | {"options": self.all_options()})
 
     def all_options(self) -> dict[str, Any]:
         """`options`, defaults included."""
@@ -283,27 +278,31 @@ def read_values(path: Path, settings: Sequence[str] = ()) -> dict[str, Any]:
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values, every key and type checked."""
-    return Recipe(**_checked(values, Recipe, ""))
+    return Recipe(**checked(values, Recipe))
 
 
-def _checked(values: Mapping[str, Any], table: type, prefix: str) -> dict[str, Any]:
-    """The keys of a recipe or of one of its tables, checked."""
+def checked(values: Mapping[str, Any], table: type, prefix: str = "") -> dict[str, Any]:
+    """The keys of a recipe or of one of its tables: each is a field of the dataclass `table`, and of its type.
+
+    Raises:
+        RecipeError: they are not; the message names the nearest key.
+    """
     types = typing.get_type_hints(table)
-    checked: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if key not in types:
             near = get_close_matches(key, types, 1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; the keys are {', '.join(types)}"
             raise RecipeError(f"{prefix}{key}: no such key{hint}")
-        checked[key] = _typed(prefix + key, value, types[key])
-    return checked
+        found[key] = _typed(prefix + key, value, types[key])
+    return found
 
 
 def _typed(key: str, value: Any, wanted: Any) -> Any:
     if isinstance(wanted, type) and is_dataclass(wanted):
         if not isinstance(value, Mapping):
             raise RecipeError(f"{key}: expected a table [{key}]; got {value!r}")
-        return wanted(**_checked(value, wanted, f"{key}."))
+        return wanted(**checked(value, wanted, f"{key}."))
     if wanted == Ramped:
         if not isinstance(value, (list, tuple)):
             return _typed(key, value, float)
@@ -328,6 +327,15 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
         raise RecipeError(f"{key}: expected a list; got {value!r}")
     (inner,) = typing.get_args(wanted)
     return tuple(_typed(f"{key}[{i}]", item, inner) for i, item in enumerate(value))
+
+
+def toml_of(values: Mapping[str, Any]) -> str:
+    """Plain values as TOML, the tables among them last."""
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, Mapping)]
+    for table, inner in values.items():
+        if isinstance(inner, Mapping):
+            lines += ["", f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in inner.items())]
+    return "\n".join(lines) + "\n"
 
 
 def _toml(value: Any) -> str:
