@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from verideq.equilibrium import DEQ, Auto, Dynamics, Equilibrium, Gradient, Implicit, System
 from verideq.equilibrium.dynamics import Injected
-from verideq.graph import INPUT, Graph, Node, trace
+from verideq.graph import INPUT, Graph, Node, trace, unsupported
 
 
 class GraphDynamics(Dynamics):
@@ -82,23 +82,31 @@ class PlainDynamics(Dynamics):
         return injected["outputs"]
 
 
+def is_opaque(model: nn.Module) -> bool:
+    """Whether a model can only be attacked as it stands: no general DEQ, and not of supported operations."""
+    return not isinstance(model, DEQ) and bool(unsupported(model))
+
+
+def has_states(model: nn.Module) -> bool:
+    """Whether there is an equilibrium to look into."""
+    return isinstance(model, DEQ) or (not is_opaque(model) and any(True for _ in trace(model).equilibria()))
+
+
 def open_model(
     model: nn.Module, *, device: torch.device | str = "cpu", tol: float = 1e-6, backward_tol: float = 1e-3
 ) -> Dynamics:
     """A frozen float64 copy of a model, opened up; its parameters are no longer tracked.
 
     Args:
-        model: a `DEQ`, which keeps its own solver, or any module of supported operations.
+        model: a `DEQ`, which keeps its own solver, any module of supported operations, or any other module that can be
+            copied: of the last nothing but the outputs is looked at.
         device: where the copy lives.
         tol: relative, of the equilibria of a supported model: an attack needs a direction and not the last digit.
         backward_tol: likewise, of the adjoint.
-
-    Raises:
-        UnsupportedOperation: it is neither.
     """
-    if isinstance(model, DEQ):
+    if isinstance(model, DEQ) or is_opaque(model):
         opened = copy.deepcopy(model).to(device, torch.float64).eval().requires_grad_(False)
-        return opened
+        return opened if isinstance(opened, DEQ) else PlainDynamics(opened)
     graph = model if isinstance(model, Graph) else trace(model)
     graph = graph.frozen(
         device=device, solver=Auto(tol=tol), gradient=Implicit(Auto(tol=backward_tol)), throw=False

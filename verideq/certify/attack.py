@@ -11,19 +11,21 @@ import copy
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from verideq.attacks.defences import Deciding, Defence, FinalState, entropies, entropy, entropy_curve
-from verideq.attacks.opened import GraphDynamics, open_model
+from verideq.attacks.opened import GraphDynamics, is_opaque, open_model
 from verideq.attacks.problem import Problem
 from verideq.attacks.suites import SUITES, Report, warnings_of
 from verideq.box import Box
 from verideq.certify.bound import margin_rows, run_method
+from verideq.certify.corruption import Predictions, corrupted_predictions, summarise_corruptions
 from verideq.certify.method import Prepared, prepare
 from verideq.certify.run import IDENTITY, Run
 from verideq.certify.summary import summarise
@@ -34,7 +36,7 @@ from verideq.graph import evaluating, model_hash
 from verideq.region import Region
 from verideq.status import Status
 
-EXTRA = ("defence",)
+EXTRA = ("defence", "corruptions")
 """What identifies a run of attacks besides the fields of a certifying one."""
 
 
@@ -48,6 +50,7 @@ class Outcome(Verdict):
         first_margin: that of the first attack.
         blind: no attack met a gradient.
         entropies: of the prediction along the forward pass, for the input and for the worst point.
+        corrupted: predictions under natural corruptions; the same at every eps.
     """
 
     attack: str | None = None
@@ -55,6 +58,7 @@ class Outcome(Verdict):
     first_margin: float | None = None
     blind: bool = False
     entropies: tuple[list[float], list[float]] | None = None
+    corrupted: Predictions | None = None
 
 
 @dataclass(frozen=True)
@@ -72,35 +76,63 @@ class AttackRun(Run):
 
     Args:
         defence: what decides; the others are those of `Run`, of whose budget `attack` and `seed` are read.
+        corruptions: by name, natural ones that every sample is tried under besides.
+        training: the recipe that made the model, without its seed, and the seed; ``None`` where that is not known.
     """
 
     defence: Defence = field(default_factory=FinalState)
+    corruptions: Sequence[str] = ()
+    training: Mapping[str, Any] | None = None
 
     @property
     def identity(self) -> tuple[str, ...]:
         return (*IDENTITY, *EXTRA)
 
     def meta(self) -> dict[str, Any]:
-        return super().meta() | {"method": "none", "check": False, "defence": self.defence.name}
+        own = {"defence": self.defence.name, "corruptions": list(self.corruptions), "training": self.training}
+        return super().meta() | {"method": "none", "check": False, **own}
+
+    @property
+    def _general(self) -> bool:
+        """Whether the model is one that no model file holds and no bound is known for."""
+        return isinstance(self.model, DEQ) or is_opaque(self.model)
 
     def _hash(self) -> str:
-        return general_hash(self.model) if isinstance(self.model, DEQ) else model_hash(self.model)
+        return general_hash(self.model) if self._general else model_hash(self.model)
 
     def _prepare(self) -> _Prepared:
         dynamics = open_model(self.model, device=self.device)
         decide = None if isinstance(self.defence, FinalState) else Deciding(self.defence, dynamics)
-        provable = decide is None and not isinstance(self.model, DEQ)
+        provable = decide is None and not self._general
         return _Prepared(dynamics, decide, prepare(self.model, self.device) if provable else None)
 
     def _work(self, prepared: Any, chunk: range) -> list[tuple[int, Verdict]]:
         q, rows = self.questions, slice(chunk.start, chunk.stop)
         images, labels = q.images[rows].to(self.device), q.labels[rows].to(self.device)
         weights = None if q.weights is None else q.weights.to(self.device)
+        corrupted = self._corrupted(prepared, images, q.indices[rows])
         found: list[tuple[int, Verdict]] = []
         for eps in q.eps:
             region = Region(images, eps, q.norm, q.clip, weights=weights)
-            found += zip(q.indices[rows], self._attack(prepared, region, labels, q.indices[rows]), strict=True)
+            outcomes = self._attack(prepared, region, labels, q.indices[rows])
+            told = [_told(outcome, own) for outcome, own in zip(outcomes, corrupted, strict=True)]
+            found += zip(q.indices[rows], told, strict=True)
         return found
+
+    def _corrupted(
+        self, prepared: _Prepared, images: Tensor, indices: list[int]
+    ) -> list[Predictions | Exception | None]:
+        """The predictions under corruptions of a chunk, or what one sample's raised; `None`: none was asked for."""
+        if not self.corruptions:
+            return [None] * len(indices)
+        try:
+            outputs = partial(self._own, prepared)
+            return [*corrupted_predictions(outputs, images, indices, self.corruptions, self.budget.seed)]
+        except Exception as error:
+            if len(indices) == 1:
+                return [error]
+            halves = (slice(0, len(indices) // 2), slice(len(indices) // 2, None))
+            return [own for h in halves for own in self._corrupted(prepared, images[h], indices[h])]
 
     def _attack(self, prepared: _Prepared, region: Region, labels: Tensor, indices: list[int]) -> list[Outcome]:
         """The outcomes of one chunk at one radius; an exception costs only the samples that raise it."""
@@ -209,6 +241,7 @@ class AttackRun(Run):
         if not isinstance(verdict, Outcome):
             return line
         clean, attacked = verdict.entropies or (None, None)
+        line |= {} if verdict.corrupted is None else {"corrupted": verdict.corrupted}
         return line | {
             "attack": verdict.attack,
             "attack_margin": verdict.attack_margin,
@@ -223,18 +256,30 @@ class AttackRun(Run):
 
 
 def summarise_attack(records: list[dict[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """`summarise`, with `by_attack` (broken samples by the attack that broke them), `entropy` and `warnings` an eps."""
+    """`summarise`, with `by_attack` (broken samples by what broke them), `entropy` and `warnings` an eps, and with
+    `corruptions` where some were asked for.
+    """
     summary = summarise(records, meta)
     for result in summary["results"]:
         mine = [r for r in records if r["eps"] == result["eps"] and r["attacked"] is not None]
         broken = [r["attack"] if r["attacked"] is False else None for r in mine]
         result["by_attack"] = dict(Counter(name for name in broken if name is not None).most_common())
         final = [[torch.tensor([r[key][-1] for r in mine])] for key in ("entropy_clean", "entropy_attacked")]
-        known = entropies(final[0][0], final[1][0]) if mine else None
-        result["entropy"] = None if known is None else {"P": known.share, "dH": known.difference}
+        compared = entropies(final[0][0], final[1][0]) if mine else None
+        result["entropy"] = None if compared is None else {"P": compared.share, "dH": compared.difference}
         numbers = [[r[key] if r[key] is not None else 0.0 for r in mine] for key in ("first_margin", "attack_margin")]
         result["warnings"] = warnings_of(broken, [bool(r["blind"]) for r in mine], *numbers)
-    return summary | {"suite": meta["attack"], "defence": meta["defence"]}
+    corruptions = summarise_corruptions(records)
+    known = {} if corruptions is None else {"corruptions": corruptions}
+    return summary | {"suite": meta["attack"], "defence": meta["defence"], **known}
+
+
+def _told(outcome: Outcome, corrupted: Predictions | Exception | None) -> Outcome:
+    """An outcome with what the corruptions gave; where they raised, it is an ERROR."""
+    if isinstance(corrupted, Exception):
+        reason = f"on a corrupted input: {type(corrupted).__name__}: {corrupted}"
+        return replace(outcome, status=Status.ERROR, reason=reason, attacked=None, witness=None)
+    return outcome if corrupted is None else replace(outcome, corrupted=corrupted)
 
 
 def general_hash(model: torch.nn.Module) -> str:

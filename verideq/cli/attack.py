@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from verideq.attacks.defences import Defence, choose_early, defence_named
-from verideq.attacks.opened import open_model
+from verideq.attacks.opened import has_states, open_model
 from verideq.attacks.problem import Problem
 from verideq.attacks.suites import SUITES
 from verideq.certify.attack import AttackRun
@@ -21,6 +21,7 @@ from verideq.certify.budget import Budget
 from verideq.certify.run import Questions
 from verideq.cli.certify import execute, finish, questions_of
 from verideq.cli.options import (
+    MODEL,
     Device,
     Interrupted,
     Json,
@@ -29,9 +30,11 @@ from verideq.cli.options import (
     Weights,
     choose_device,
     read_model,
+    training_of,
     use_threads,
 )
 from verideq.data import load, parse_indices
+from verideq.data.corruptions import parse_corruptions
 from verideq.distributed import joined
 from verideq.errors import InputError, UnknownName
 from verideq.region import Region, check_norm
@@ -41,9 +44,7 @@ VALIDATION = 500
 
 
 def attack(
-    model: Annotated[
-        str | None, typer.Argument(help="A model file, or package.module:builder; none: the bundled digits model.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL)] = None,
     data: Annotated[
         str, typer.Option(help="digits, mnist, cifar10, or a path that ends in .npz.", metavar="NAME|PATH")
     ] = "digits",
@@ -61,6 +62,13 @@ def attack(
     defence: Annotated[
         str, typer.Option(help="final, early (chosen on training samples), early:N, ensemble or entropy.")
     ] = "final",
+    corruptions: Annotated[
+        str,
+        typer.Option(
+            help="Natural corruptions to try too: all, noise, blur, weather, digital, or names; commas between.",
+            metavar="NAMES",
+        ),
+    ] = "",
     weights: Weights = None,
     batch_size: Annotated[int, typer.Option(help="Samples at a time; no outcome depends on it.", metavar="N")] = 64,
     threads: Threads = None,
@@ -77,6 +85,7 @@ def attack(
     if suite not in SUITES:
         raise UnknownName("suite", suite, SUITES)
     network, name = read_model(model, weights)
+    _refuse_states(network, name, suite, defence)
     dataset = load(data, split)
     chosen = parse_indices(indices, len(dataset)) if indices is not None else list(range(len(dataset)))
     if limit is not None and limit < 1:
@@ -84,6 +93,9 @@ def attack(
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: give 1 or more")
     questions = questions_of(dataset, data, chosen[:limit], network, eps or ["0.1"], check_norm(norm))
+    chosen_corruptions = parse_corruptions(corruptions, dataset.input_shape) if corruptions else []
+    if chosen_corruptions and questions.clip != (0.0, 1.0):
+        raise InputError(f"--corruptions are of images in [0, 1]; the pixel range here is {questions.clip}")
     if resume and out is None:
         raise InputError("--resume needs the folder of the run: --out DIR")
     fresh = Path("runs") / f"attack-{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -91,7 +103,10 @@ def attack(
         folder = world.lead(lambda: out or fresh)
         deciding = _defence(defence, network, questions, place, seed)
         budget = Budget(attack=suite, seed=seed)
-        run = AttackRun(folder, network, name, questions, budget, batch_size, place, False, sys.argv, deciding)
+        run = AttackRun(
+            folder, network, name, questions, budget, batch_size, place, False, sys.argv, deciding,
+            corruptions=chosen_corruptions, training=training_of(model),
+        )  # fmt: skip
         try:
             summary = execute(run, resume, world, quiet=as_json, what="attacking")
         except KeyboardInterrupt:
@@ -105,6 +120,16 @@ def attack(
             for warning in result["warnings"]:
                 console.print(f"warning: eps {result['eps']:g}: {warning}", style="yellow", markup=False)
     return code
+
+
+def _refuse_states(network: torch.nn.Module, name: str, suite: str, defence: str) -> None:
+    """States on the way to an equilibrium are there to be attacked only where there is an equilibrium."""
+    for option, asked, left in (("--suite", suite, ("pgd", "standard")), ("--defence", defence, ("final",))):
+        if asked not in left and not has_states(network):
+            raise InputError(
+                f"{option} {asked} looks at the states on the way to an equilibrium, and {name} has none: use "
+                f"{option} {' or '.join(left)}"
+            )
 
 
 def _defence(name: str, network: torch.nn.Module, asked: Questions, place: torch.device, seed: int) -> Defence:

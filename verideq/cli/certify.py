@@ -14,10 +14,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from verideq.attacks.opened import is_opaque
 from verideq.certify.bound import METHODS
 from verideq.certify.budget import Budget
 from verideq.certify.run import Questions, Run
 from verideq.cli.options import (
+    MODEL,
     Device,
     Interrupted,
     Json,
@@ -31,15 +33,13 @@ from verideq.cli.options import (
 from verideq.data import Dataset, load, parse_indices
 from verideq.distributed import World, joined
 from verideq.equilibrium import DEQ
-from verideq.errors import DataError, InputError
+from verideq.errors import DataError, InputError, ModelError
 from verideq.graph import evaluating, trace
 from verideq.region import Region, check_images, check_norm, parse_eps
 
 
 def certify(
-    model: Annotated[
-        str | None, typer.Argument(help="A model file, or package.module:builder; none: the bundled digits model.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL)] = None,
     data: Annotated[
         str, typer.Option(help="digits, mnist, cifar10, or a path that ends in .npz.", metavar="NAME|PATH")
     ] = "digits",
@@ -114,10 +114,18 @@ def questions_of(dataset: Dataset, path: str, chosen: list[int], network: Any, e
     if not chosen:
         raise DataError("no samples are chosen; see --indices and --limit")
     images, labels = dataset.scaled(chosen), dataset.labels[chosen]
-    if isinstance(network, DEQ):
-        first = next(network.parameters())
-        with torch.no_grad(), evaluating(network):
-            outputs = tuple(network(images[:1].to(first)).shape[1:])
+    if isinstance(network, DEQ) or is_opaque(network):
+        first = next((p for p in network.parameters() if p.is_floating_point()), images)
+        try:
+            with torch.no_grad(), evaluating(network):
+                outputs = tuple(network(images[:1].to(first)).shape[1:])
+        except Exception as error:  # the user's own forward may raise anything
+            reason = str(error).partition("\n")[0]
+            raise ModelError(
+                f"the model does not take a sample of shape {tuple(images.shape[1:])}: {reason}"
+            ) from error
+        if len(outputs) != 1:
+            raise ModelError(f"the model gives outputs of shape {outputs} a sample; a classifier gives (classes,)")
         clip = dataset.clip
     else:
         graph = trace(network).check_finite()

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,6 +17,7 @@ from verideq.errors import InputError, ModelError, VerideqError
 from verideq.graph import load_model, refuse_pickle
 from verideq.models import BUNDLED
 
+MODEL = "A model file, a folder of verideq train, or package.module:builder; none: the bundled digits model."
 Weights = Annotated[
     Path | None,
     typer.Option(
@@ -73,7 +74,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def read_model(model: str | None, weights: Path | None) -> tuple[nn.Module, str]:
-    """A model and its name: from a model file, ``package.module:builder`` with ``--weights``, or the bundled one.
+    """A model and its name: from a model file, a folder of ``verideq train``, ``package.module:builder`` with
+    ``--weights``, or the bundled one.
 
     Raises:
         ModelError: it cannot be had.
@@ -82,6 +84,12 @@ def read_model(model: str | None, weights: Path | None) -> tuple[nn.Module, str]
         if weights is not None:
             raise ModelError("--weights goes with a package.module:builder")
         return load_model(BUNDLED), BUNDLED.stem
+    if Path(model).is_dir():
+        if weights is not None:
+            raise ModelError(
+                f"--weights goes with a package.module:builder; {model} is a folder, which has its weights"
+            )
+        return _trained(Path(model)), Path(model).resolve().name
     module, colon, builder = model.partition(":")
     is_name = bool(colon) and not Path(model).exists() and all(part.isidentifier() for part in module.split("."))
     if not is_name:
@@ -94,6 +102,24 @@ def read_model(model: str | None, weights: Path | None) -> tuple[nn.Module, str]
     if weights is not None:
         _load_weights(built, weights)
     return built, model
+
+
+def training_of(model: str | None) -> dict[str, Any] | None:
+    """The recipe of a folder of ``verideq train`` without its seed, and the seed; ``None`` for other models."""
+    if model is None or not Path(model).is_dir():
+        return None
+    from verideq.training.recipe import read_values
+
+    recipe = dict(read_values(Path(model) / "recipe.toml"))
+    return {"seed": recipe.pop("seed", 0), "recipe": recipe}
+
+
+def _trained(folder: Path) -> nn.Module:
+    from verideq.training.kinds import read_trained
+
+    if (folder / "model.safetensors").exists():
+        return load_model(folder / "model.safetensors")
+    return read_trained(folder)
 
 
 def _build(module: str, name: str) -> nn.Module:

@@ -91,7 +91,23 @@ def _attack_table(summary: Mapping[str, Any]) -> Table:
             duration(r["seconds"]),
         ]
         view.add_row(*map(Text, cells))
+    if "corruptions" in summary:
+        view.caption = Text(corruption_text(summary["corruptions"]))
     return view
+
+
+def corruption_text(corruptions: Mapping[str, Any]) -> str:
+    """The mean corruption error in one line, over all and by family.
+
+    >>> corruption_text({"correct": {"fog": [9] * 5}, "error": {"all": 0.1, "weather": 0.1}})
+    'mean corruption error, not normalised: 10.0 % over 1 corruption at 5 severities; weather 10.0 %'
+    """
+    errors, count = corruptions["error"], len(corruptions["correct"])
+    families = ", ".join(f"{name} {100 * error:.1f} %" for name, error in errors.items() if name != "all")
+    return (
+        f"mean corruption error, not normalised: {100 * errors['all']:.1f} % over {count} "
+        f"corruption{'s' if count > 1 else ''} at 5 severities; {families}"
+    )
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, style: str = "numbers") -> str:

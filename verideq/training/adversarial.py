@@ -1,7 +1,7 @@
-"""Adversarial training of DEQs: PGD-AT, TRADES, losses at random intermediate states, Jacobian regularisation.
+"""Adversarial training: PGD-AT, TRADES, losses at random intermediate states, Jacobian regularisation.
 
-Of models with a gauge and of general ones alike. The papers': Madry et al. (ICLR 2018), Zhang et al. (ICML 2019), Yang
-et al. (NeurIPS 2022 and ICML 2023), Bai, Koltun & Kolter (ICML 2021).
+Of networks without an equilibrium, of models with a gauge and of general ones alike. The papers': Madry et al. (ICLR
+2018), Zhang et al. (ICML 2019), Yang et al. (NeurIPS 2022 and ICML 2023), Bai, Koltun & Kolter (ICML 2021).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from verideq.equilibrium import DEQ, Broyden, Equilibrium
 from verideq.errors import InputError, UnknownName
+from verideq.region import check_norm
 
 Outputs = Callable[[Tensor], Tensor]
 LOSSES = ("pgd-at", "trades", "clean")
@@ -24,21 +25,24 @@ LOSSES = ("pgd-at", "trades", "clean")
 
 @dataclass(frozen=True)
 class Adversary:
-    """How adversarial images are crafted while training: l_inf, by sign steps, the model in evaluation mode.
+    """How adversarial images are crafted while training: by steps of the norm, the model in evaluation mode.
 
     Args:
         eps: the radius, in pixel units.
         steps: of an attack.
         step: the size of one; by default a quarter of eps.
         clip: the pixel range, or ``None``.
+        norm: ``linf``, by the gradient's signs, or ``l2``, by its direction.
     """
 
     eps: float
     steps: int = 10
     step: float = 0.0
     clip: tuple[float, float] | None = (0.0, 1.0)
+    norm: str = "linf"
 
     def __post_init__(self) -> None:
+        check_norm(self.norm)
         if not self.eps > 0 or self.steps < 1 or self.step < 0:
             raise InputError(f"an adversary has a positive eps, 1 or more steps and a step of 0 or more; got {self}")
 
@@ -57,12 +61,23 @@ class Adversary:
             at = x.detach().requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(loss(outputs(at)), at)
-            x = self._inside(x + step * gradient.sign(), images)
+            towards = gradient.sign() if self.norm == "linf" else gradient / _length(gradient)
+            x = self._inside(x + step * towards, images)
         return x.detach()
 
     def _inside(self, x: Tensor, images: Tensor) -> Tensor:
-        x = torch.minimum(torch.maximum(x, images - self.eps), images + self.eps)
-        return x if self.clip is None else x.clamp(*self.clip)
+        if self.norm == "linf":
+            x = torch.minimum(torch.maximum(x, images - self.eps), images + self.eps)
+        else:
+            shift = x - images
+            x = images + shift * (self.eps / _length(shift)).clamp(max=1)
+        return x if self.clip is None else x.clamp(*self.clip)  # towards the images: it stays in the ball
+
+
+def _length(x: Tensor) -> Tensor:
+    """The Euclidean norm of every sample, (batch, 1, ...), never zero."""
+    size: Tensor = x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+    return size.view(-1, *[1] * (x.dim() - 1))
 
 
 def pgd_at_loss(
@@ -72,7 +87,7 @@ def pgd_at_loss(
 
     Args:
         model: in training mode.
-        adversary: starts uniformly in the ball.
+        adversary: starts at uniform noise of its radius, projected into the ball.
         draw: of the start, on the CPU.
         crafted: the outputs that the adversary climbs.
     """

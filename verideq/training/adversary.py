@@ -1,7 +1,8 @@
 """A run of adversarial training: `verideq train` on a recipe with ``kind = "adversarial"``.
 
-The models are general DEQs, which no model file holds: the folder gets ``weights.safetensors``, to be attacked with
-``verideq attack package.module:builder --weights``.
+The models are general DEQs and the explicit networks that they are compared with. The folder gets
+``weights.safetensors``, and is itself a MODEL for ``verideq attack``; a network of supported operations gets a model
+file besides.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from verideq.data import Dataset
 from verideq.equilibrium import DEQ, Broyden, Gradient, Implicit, Phantom
 from verideq.errors import RecipeError
-from verideq.models.mdeq import general_named
+from verideq.graph import save_model, unsupported
+from verideq.models.named import EXPLICIT, classifier_named
 from verideq.region import parse_eps
 from verideq.training.adversarial import AdversarialLoss, Adversary, cosine, truncated_outputs
 from verideq.training.plain import Line, PlainRecipe, PlainTrainer
@@ -34,11 +36,12 @@ class AdversarialRecipe(PlainRecipe):
     Args:
         kind: ``adversarial``.
         data: a data set by name or path.
-        architecture: a general DEQ, of `verideq.models.mdeq`.
+        architecture: of `verideq.models.named`: a general DEQ, or a network without an equilibrium.
         options: its sizes.
         samples: of the training split, the first; 0 for all.
         loss: ``pgd-at``, ``trades`` or ``clean``.
         eps: the radius of the adversary.
+        norm: of its ball, ``linf`` or ``l2``.
         attack_steps: of the adversary, each a quarter of eps.
         trades_weight: of the divergence.
         random_states: the loss at random states up to this one; 0 for none.
@@ -65,6 +68,7 @@ class AdversarialRecipe(PlainRecipe):
     options: Mapping[str, Any] = field(default_factory=dict)
     loss: str = "pgd-at"
     eps: str = "0.1"
+    norm: str = "linf"
     attack_steps: int = 10
     trades_weight: float = 6.0
     random_states: int = 0
@@ -89,11 +93,14 @@ class AdversarialRecipe(PlainRecipe):
         self.at_least(0, "samples", "random_states", "pretrain_steps", "crop", "jacobian", "gradient_clip")
         if not self.learning_rate > 0:
             raise RecipeError(f"learning_rate {self.learning_rate}: give a positive number")
+        for key in ("random_states", "pretrain_steps", "jacobian"):
+            if self.architecture in EXPLICIT and getattr(self, key):
+                raise RecipeError(f"{key} {getattr(self, key)}: {self.architecture} has no equilibrium; leave it at 0")
 
     def objective(self, clip: tuple[float, float] | None = (0.0, 1.0)) -> AdversarialLoss:
         """The loss of a step."""
         try:
-            adversary = Adversary(float(parse_eps(self.eps)), self.attack_steps, clip=clip)
+            adversary = Adversary(float(parse_eps(self.eps)), self.attack_steps, clip=clip, norm=self.norm)
             return AdversarialLoss(
                 self.loss, adversary, self.trades_weight, self.random_states, self.jacobian, self.jacobian_share
             )
@@ -108,23 +115,24 @@ class AdversarialRecipe(PlainRecipe):
             return Implicit(Broyden(max_steps=self.backward_steps))
         return Phantom(self.phantom_steps, self.phantom_damping)
 
-    def build(self, data: Dataset) -> DEQ:
+    def build(self, data: Dataset) -> nn.Module:
         """The model with freshly drawn weights."""
         torch.manual_seed(self.seed)
         try:
-            model = general_named(self.architecture, data.input_shape, data.classes, **self.options)
+            model = classifier_named(self.architecture, data.input_shape, data.classes, **self.options)
         except TypeError as error:
             raise RecipeError(f"{self.architecture}: {error}; see [options]") from error
-        model.solver, model.gradient = Broyden(max_steps=self.forward_steps), self.solver_gradient()
+        if isinstance(model, DEQ):
+            model.solver, model.gradient = Broyden(max_steps=self.forward_steps), self.solver_gradient()
         return model
 
 
-class AdversarialTrainer(PlainTrainer[AdversarialRecipe, DEQ]):
+class AdversarialTrainer(PlainTrainer[AdversarialRecipe, nn.Module]):
     """One run of adversarial training in one folder; see `PlainTrainer`."""
 
     recipe_type = AdversarialRecipe
 
-    def build(self) -> DEQ:
+    def build(self) -> nn.Module:
         return self.recipe.build(self.data)
 
     def optimize(self) -> torch.optim.Optimizer:
@@ -140,16 +148,19 @@ class AdversarialTrainer(PlainTrainer[AdversarialRecipe, DEQ]):
         return self.pretraining + self.recipe.epochs
 
     def progress(self, line: Line) -> str:
-        return (
-            f"{line['phase']:<9} loss {line['loss']:<8.3g} error {line['train_error']:6.2%}  "
-            f"residual {line['residual']:.2g}"
-        )
+        residual = "" if line["residual"] is None else f"  residual {line['residual']:.2g}"
+        return f"{line['phase']:<9} loss {line['loss']:<8.3g} error {line['train_error']:6.2%}{residual}"
 
     def advice(self, path: Path) -> str:
         return (
-            f"{path}: the weights of a general DEQ, which has no certificate; attack it: verideq attack MODULE:BUILDER "
-            f"--weights {path} --data {self.recipe.data}"
+            f"{path}: the weights of {self.recipe.architecture}, without a certificate; attack it: "
+            f"verideq attack {self.folder} --data {self.recipe.data}"
         )
+
+    def finish(self) -> None:
+        """``model.safetensors`` of a network that a model file can hold."""
+        if not isinstance(self.model, DEQ) and not unsupported(self.model):
+            save_model(self.model, self.folder / "model.safetensors", input_shape=self.data.input_shape)
 
     def train(self, draw: torch.Generator) -> Line:
         recipe = self.recipe
@@ -164,7 +175,7 @@ class AdversarialTrainer(PlainTrainer[AdversarialRecipe, DEQ]):
                 group["lr"] = cosine(done, total, recipe.learning_rate)
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             images, labels = self._augmented(self.images[rows], draw), self.labels[rows]
-            if first:
+            if first and isinstance(self.model, DEQ):
                 loss = F.cross_entropy(truncated_outputs(self.model, images, recipe.pretrain_layers), labels)
             else:
                 loss = objective(self.model, images, labels, draw)
@@ -178,14 +189,15 @@ class AdversarialTrainer(PlainTrainer[AdversarialRecipe, DEQ]):
         self.model.eval()
         with torch.no_grad():
             part = self.images[: 10 * self.batch_size]
-            injected = self.model.inject(part)
-            solution = self.model.solve(injected)
+            residual = None
+            if isinstance(self.model, DEQ):
+                residual = float(self.model.solve(self.model.inject(part)).residual.median())
             outputs = self.model(part)
         return {
             "phase": "truncated" if first else recipe.loss,
             "loss": mean,
             "train_error": float((outputs.argmax(1) != self.labels[: len(part)]).double().mean()),
-            "residual": float(solution.residual.median()),
+            "residual": residual,
         }
 
     def _augmented(self, images: Tensor, draw: torch.Generator) -> Tensor:

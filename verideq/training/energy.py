@@ -90,6 +90,9 @@ class EnergyRecipe(PlainRecipe):
         except InputError as error:
             raise RecipeError(str(error)) from error
 
+    def build(self, data: Dataset) -> EPNet:
+        return self.net(data.input_shape, data.classes)
+
     def net(self, input_shape: Sequence[int], classes: int) -> EPNet:
         """The net with freshly drawn weights."""
         torch.manual_seed(self.seed)
@@ -116,7 +119,7 @@ class EnergyTrainer(PlainTrainer[EnergyRecipe, EPNet]):
     """Why there is no model file."""
 
     def build(self) -> EPNet:
-        return self.recipe.net(self.data.input_shape, self.data.classes)
+        return self.recipe.build(self.data)
 
     def prepare(self) -> None:
         count = len(self.labels) - self.recipe.held_out
@@ -240,6 +243,6 @@ class EnergyTrainer(PlainTrainer[EnergyRecipe, EPNet]):
         if self.refusal:
             after = f"no model file: {self.refusal}"
         return (
-            f"{path}: the weights of an energy-based network{right}; attack it: verideq attack MODULE:BUILDER "
-            f"--weights {path} --data {self.recipe.data}\n{after}"
+            f"{path}: the weights of an energy-based network{right}; attack it: verideq attack {self.folder} "
+            f"--data {self.recipe.data}\n{after}"
         )

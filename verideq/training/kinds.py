@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from verideq.errors import UnknownName
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from verideq.data import load
+from verideq.errors import ModelError, UnknownName
 from verideq.training import adversary, energy
 from verideq.training.adversary import AdversarialTrainer
 from verideq.training.energy import EnergyTrainer
@@ -26,3 +31,23 @@ def kind_of(path: Path) -> str | None:
     if kind is not None and kind not in KINDS:
         raise UnknownName("kind", str(kind), tuple(KINDS))
     return kind
+
+
+def read_trained(folder: Path) -> nn.Module:
+    """The model of a finished run of one of these kinds, in evaluation mode, as it was trained.
+
+    Raises:
+        ModelError: the folder is none, or its weights are missing or do not fit.
+        RecipeError: its recipe is no longer one.
+    """
+    path = folder / "recipe.toml"
+    kind = kind_of(path) if path.exists() else None
+    if kind is None:
+        raise ModelError(f"{folder} holds no finished training; name a folder of verideq train, or a model file")
+    recipe = KINDS[kind].recipe_type.read(path)
+    model, weights = recipe.build(load(recipe.data, "train")), folder / "weights.safetensors"
+    try:
+        model.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{weights} does not hold what {path} trains: {error}; finish the training") from error
+    return model.eval()

@@ -30,7 +30,7 @@ NetT = TypeVar("NetT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class PlainRecipe:
+class PlainRecipe(ABC):
     """What every recipe of a `kind` has: a data set, the first samples of it, epochs, a batch and a seed.
 
     Args:
@@ -65,6 +65,10 @@ class PlainRecipe:
             return cls.make(values)
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from error
+
+    @abstractmethod
+    def build(self, data: Dataset) -> nn.Module:
+        """The model with freshly drawn weights."""
 
     def toml(self) -> str:
         """The recipe with every default spelled out."""
