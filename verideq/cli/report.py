@@ -16,9 +16,13 @@ from verideq.errors import InputError
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(help="Run folders of verideq certify, or of verideq train.", metavar="DIR...")
+        list[Path], typer.Argument(help="Run folders of verideq certify and attack, or of train.", metavar="DIR...")
     ],
     out: Annotated[Path | None, typer.Option(help="The file to write.", metavar="FILE")] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Of the folders the one whose errors under corruptions the others' are over.", metavar="DIR"),
+    ] = None,
 ) -> int:
     """Draw report.html again from a run's files, or several runs side by side."""
     from verideq.report.html import write_report  # matplotlib takes a second to load
@@ -29,9 +33,11 @@ def report(
         if not all(trained):
             certified = folders[trained.index(False)]
             raise InputError(f"{certified} is no training run, as the others are; draw the two kinds apart")
+        if baseline is not None:
+            raise InputError("--baseline goes with runs of verideq attack --corruptions")
         typer.echo(str(write_training_report(*folders, out=out)))
         return 0
-    typer.echo(str(write_report(folders, _images, out)))
+    typer.echo(str(write_report(folders, _images, out, baseline)))
     return 0
 
 

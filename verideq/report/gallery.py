@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -56,6 +56,39 @@ def gallery(run: Run, images: Images | None) -> str:
             pictures = all(r["index"] in inputs and _drawable(inputs[r["index"]]) for r in records)
             body = "".join(_card(run, r, inputs[r["index"]]) for r in records) if pictures else _list(records)
             parts.append(f"<h3>{title}</h3>" + (f'<div class="cards">{body}</div>' if pictures else body))
+    return "".join(parts)
+
+
+def grid(runs: Sequence[tuple[str, Run]], indices: Sequence[int], images: Images) -> str:
+    """What became of samples in several runs: a row a run, a column a radius; empty without pictures.
+
+    Args:
+        runs: with their names, all of one data set and norm.
+        indices: of the samples, in the data set.
+        images: of the first run's folder.
+    """
+    found = images(runs[0][1].folder, list(indices)) if indices else None
+    if found is None:
+        return ""
+    radii = sorted({float(r["eps"]) for _, run in runs for r in run.records})
+    parts = []
+    for index, clean in zip(indices, np.asarray(found, dtype=np.float64), strict=True):
+        if not _drawable(clean):
+            return ""
+        label = next(r["label"] for r in runs[0][1].records if r["index"] == index)
+        what = f"sample {_cell(index)}, label {_cell(label)}"
+        rows = []
+        for name, run in runs:
+            records = {float(r["eps"]): r for r in run.records if r["index"] == index}
+            cells = [escape(name), _picture(_pixels(run, clean), "", f"{what}, clean")]
+            for eps in radii:
+                witness = _witness(run, records[eps], clean.shape) if eps in records else None
+                about = f"{what}, {escape(name)}, eps {eps_text(eps)}"
+                cells.append("-" if witness is None else _picture(_pixels(run, witness), "", about))
+            rows.append(cells)
+        head = ["", "clean", *(f"eps {eps_text(eps)}" for eps in radii)]
+        table = html_table(head, rows, f"Perturbed images of {what}", "pictures")
+        parts.append(f"<figure>{table}<figcaption>{what}</figcaption></figure>")
     return "".join(parts)
 
 
@@ -126,7 +159,8 @@ def _picture(colours: NDArray[np.float64], kind: str, what: str) -> str:
     out = BytesIO()
     imsave(out, np.round(colours * 255).astype(np.uint8), format="png")
     data = base64.b64encode(out.getvalue()).decode("ascii")
-    return f'<span><img src="data:image/png;base64,{data}" alt="{kind}: {what}"><small>{kind}</small></span>'
+    alt, below = (f"{kind}: {what}", f"<small>{kind}</small>") if kind else (what, "")
+    return f'<span><img src="data:image/png;base64,{data}" alt="{alt}">{below}</span>'
 
 
 def _cell(value: Any) -> str:

@@ -11,7 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from verideq.errors import InputError
 from verideq.report.attack import attack_claim, attack_section, attack_warnings, is_attack
+from verideq.report.comparison import comparison, corruption_section, subjects_of
 from verideq.report.gallery import Images, gallery
 from verideq.report.plots import QUANTITIES, accuracy_plot, colour_of, margin_plot, radius_plot, step_plot
 from verideq.report.run import Run, read_runs
@@ -23,7 +25,9 @@ REASONS = 20
 """The most reasons that are listed for a run."""
 
 
-def write_report(folders: Sequence[Path], images: Images | None = None, out: Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[Path], images: Images | None = None, out: Path | None = None, baseline: Path | None = None
+) -> Path:
     """Draw the page of one run, or of several side by side.
 
     The same runs give the same bytes. An interrupted run is drawn from the results that it has.
@@ -33,17 +37,25 @@ def write_report(folders: Sequence[Path], images: Images | None = None, out: Pat
         images: from a folder and sample indices to their inputs, (len, *shape) in pixel space; without it, or where
             it returns `None`, the hardest samples are listed without pictures.
         out: the file to write; by default ``report.html`` in the folder, or in the working directory for several.
+        baseline: of `folders` the one by whose errors those under corruptions are divided.
 
     Returns:
         The file that was written.
 
     Raises:
         DataError: a folder is no run folder.
+        InputError: the baseline is not one of the folders, or met no corruptions.
     """
     runs = read_runs(folders)
+    places = [folder.resolve() for folder in folders]
+    against = None
+    if baseline is not None:
+        against = runs[places.index(baseline.resolve())] if baseline.resolve() in places else None
+        if against is None or "corruptions" not in against.summary:
+            raise InputError(f"--baseline {baseline}: name one of the runs to be drawn, made with --corruptions")
     if out is None:
         out = folders[0] / "report.html" if len(runs) == 1 else Path("report.html")
-    page = _page(runs, images)
+    page = _page(runs, images, against)
     # Never half a page: readers see the old file or the new one.
     part = out.with_name(out.name + ".part")
     part.write_text(page, encoding="utf-8")
@@ -51,17 +63,23 @@ def write_report(folders: Sequence[Path], images: Images | None = None, out: Pat
     return out
 
 
-def _page(runs: Sequence[Run], images: Images | None) -> str:
+def _page(runs: Sequence[Run], images: Images | None, baseline: Run | None) -> str:
     several = len(runs) > 1
     above = "attacked" if _attacked(runs) else "clean"
     title = "verideq: " + ", ".join(run.name for run in runs)
-    body = [f"<h1>{escape(title)}</h1>", *map(_claim, runs), _meaning(runs), *map(_warnings, runs)]
-    body.append("<h2>Results by radius</h2>" + (_side_by_side(runs) if several else _table(runs[0])))
-    body.append(
-        '<p class="note">In brackets, 95 % intervals (Clopper-Pearson) for the data that the samples were drawn from. '
-        f"The true robust accuracy on these samples lies between certified and {above}.</p>"
-    )
-    body.append("<h2>Plots</h2>" + _plots(runs))
+    body = [f"<h1>{escape(title)}</h1>"]
+    if several and all(map(is_attack, runs)):
+        body += [comparison(runs, images, baseline), "<h2>Warnings</h2>" if any(map(_warnings, runs)) else ""]
+        body += map(_warnings, runs)
+    else:
+        body += [*map(_claim, runs), _meaning(runs), *map(_warnings, runs)]
+        body.append("<h2>Results by radius</h2>" + (_side_by_side(runs) if several else _table(runs[0])))
+        body.append(
+            '<p class="note">In brackets, 95 % intervals (Clopper-Pearson) for the data that the samples were drawn '
+            f"from. The true robust accuracy on these samples lies between certified and {above}.</p>"
+        )
+        body.append("<h2>Plots</h2>" + _plots(runs))
+        body.append(corruption_section(subjects_of([run for run in runs if is_attack(run)]), baseline))
     for run in runs:
         of = f": {escape(run.name)}" if several else ""
         if several:

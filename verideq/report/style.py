@@ -41,6 +41,9 @@ svg text { font-family: inherit !important; fill: currentColor !important; }
 .strip span { width: 6rem; }
 .strip img { width: 100%; display: block; image-rendering: pixelated; border: 1px solid var(--rule); }
 .strip small { display: block; }
+.pictures th, .pictures td { padding: .15rem .5rem .15rem 0; border: 0; vertical-align: middle; text-align: center; }
+.pictures th:first-child, .pictures td:first-child { text-align: left; white-space: nowrap; font-size: .9rem; }
+.pictures img { width: 4.6rem; display: block; image-rendering: pixelated; border: 1px solid var(--rule); }
 details { margin: .6rem 0; }
 summary { cursor: pointer; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .15rem 1.2rem; font-size: .9rem; }
