@@ -168,11 +168,11 @@ def test_an_adversary_in_training_makes_a_network_harder_to_break(tmp_path: Path
     x, y = load("digits").scaled(slice(0, 100)).float(), load("digits").labels[:100]
     left = {}
     for loss in ("clean", "pgd-at"):
-        values = {"loss": loss, "norm": "l2", "eps": "1", "attack_steps": 3, "epochs": 6}
+        values = {"loss": loss, "norm": "l2", "eps": "0.5", "attack_steps": 3, "epochs": 6}
         trainer = AdversarialTrainer(AdversarialRecipe.make(SMALL | TINY["convnet"] | values), tmp_path / loss, CPU)
         trainer.run()
         net = trainer.model.eval()
-        found = Adversary(1.0, 10, norm="l2").craft(net, x, x, lambda f: F.cross_entropy(f, y, reduction="sum"))
+        found = Adversary(0.5, 10, norm="l2").craft(net, x, x, lambda f: F.cross_entropy(f, y, reduction="sum"))
         with torch.no_grad():
             left[loss] = float((net(found).argmax(1) == y).double().mean())
     assert left["pgd-at"] > left["clean"] + 0.1

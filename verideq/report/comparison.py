@@ -207,12 +207,10 @@ def _accuracy(subjects: Sequence[Subject], norm: str) -> str:
         curve = subject.curve(norm)
         if not curve:
             continue
-        x, colour = list(curve), SERIES[index % COLOURS]
-        axes.fill_between(
-            x, [s.low for s in curve.values()], [s.high for s in curve.values()], color=colour, alpha=0.15
-        )
-        marker = MARKERS[index % len(MARKERS)]
-        axes.plot(x, [s.value for s in curve.values()], marker=marker, color=colour, markersize=4, linewidth=1.6)
+        x, colour, marker = list(curve), SERIES[index % COLOURS], MARKERS[index % len(MARKERS)]
+        low, middle, high = zip(*((s.low, s.value, s.high) for s in curve.values()), strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(x, middle, marker=marker, color=colour, markersize=4, linewidth=1.6)
     axes.set_ylim(-3, 103)
     axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_xlabel(f"radius eps, {NORMS[norm]}")
@@ -317,10 +315,11 @@ def _by_name(subjects: Sequence[Subject]) -> str:
         row = [escape(name)]
         for subject in subjects:
             counts, n = subject.counted["correct"].get(name), subject.counted["n"]
-            row.append(
-                "-" if counts is None
-                else f"<b>{100 * fmean(counts) / n:.1f}</b><small>{' '.join(f'{100 * k / n:.0f}' for k in counts)}</small>"
-            )  # fmt: skip
+            if counts is None:
+                row.append("-")
+                continue
+            at_each = " ".join(f"{100 * k / n:.0f}" for k in counts)
+            row.append(f"<b>{100 * fmean(counts) / n:.1f}</b><small>{at_each}</small>")
         rows.append(row)
     table = html_table(["corruption", *(escape(s.name) for s in subjects)], rows, "Accuracy by corruption")
     words = "Accuracy in % by corruption: the mean, and at severities 1 to 5"

@@ -68,9 +68,10 @@ def _page(runs: Sequence[Run], images: Images | None, baseline: Run | None) -> s
     above = "attacked" if _attacked(runs) else "clean"
     title = "verideq: " + ", ".join(run.name for run in runs)
     body = [f"<h1>{escape(title)}</h1>"]
-    if several and all(map(is_attack, runs)):
+    compared = several and all(map(is_attack, runs))
+    if compared:
         body += [comparison(runs, images, baseline), "<h2>Warnings</h2>" if any(map(_warnings, runs)) else ""]
-        body += map(_warnings, runs)
+        body += [*map(_warnings, runs), "<h2>Run by run</h2>"]
     else:
         body += [*map(_claim, runs), _meaning(runs), *map(_warnings, runs)]
         body.append("<h2>Results by radius</h2>" + (_side_by_side(runs) if several else _table(runs[0])))
@@ -82,6 +83,10 @@ def _page(runs: Sequence[Run], images: Images | None, baseline: Run | None) -> s
         body.append(corruption_section(subjects_of([run for run in runs if is_attack(run)]), baseline))
     for run in runs:
         of = f": {escape(run.name)}" if several else ""
+        if compared:
+            parts = f"{_table(run)}{attack_section(run)}{_provenance(run, of)}"
+            body.append(f"<details><summary><b>All of {escape(run.name)}</b></summary>{parts}</details>")
+            continue
         if several:
             body.append(f"<h2>All numbers{of}</h2>{_table(run)}")
         body.append(attack_section(run) if is_attack(run) else "")
