@@ -3,10 +3,10 @@
     python benchmarks/robustness.py --folder RUNS [--limit 200] [--seeds 1] [--set samples=20000] [--out NAME]
 
 Needs MNIST. Every model of `MODELS` is trained from its recipe unless ``RUNS/models/NAME-SEED`` holds one already (a
-folder of ``verideq train``), then attacked on the first `--limit` test samples in both norms at the radii of `RADII`: by
-PGD with 20 steps from the sample and, where that fails, by Square, 500 queries; white boxes through the network's own
-dynamics, unrolled. The l_inf runs meet the natural corruptions too. All runs go on where they were interrupted. The page
-``RUNS/robustness.html`` has all of it, its corruption errors divided by those of ``bp-cnn``.
+folder of ``verideq train``), then attacked on the first `--limit` test samples in both norms at the radii of `RADII`:
+by PGD with 20 steps from the sample and, where that fails, by Square, 500 queries; white boxes through the network's
+own dynamics, unrolled. The l_inf runs meet the natural corruptions too. All runs go on where they were interrupted. The
+page ``RUNS/robustness.html`` has all of it, its corruption errors divided by those of ``bp-cnn``.
 
 The suite is weaker than ``standard``, so that the whole takes minutes and not hours: what is left under it is an upper
 bound of what is left under ``verideq attack --suite standard``. Accuracies are shares of all samples, the misclassified
@@ -64,8 +64,8 @@ def attack(name: str, seed: int, norm: str, model: Path, options: argparse.Names
         corruptions = ["--corruptions", "all"] if norm == "linf" else []
         resume = ["--resume"] if (out / "run.json").exists() else []
         call(
-            "attack", str(model), "--data", "mnist", "--limit", str(options.limit), "--norm", norm, *radii, *corruptions,
-            "--suite", "robustness", "--batch-size", "50", "--out", str(out), *resume, *options.common,
+            "attack", str(model), "--data", "mnist", "--limit", str(options.limit), "--norm", norm, *radii,
+            *corruptions, "--suite", "robustness", "--batch-size", "50", "--out", str(out), *resume, *options.common,
         )  # fmt: skip
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     return summary
