@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import verideq
-from verideq.attacks import PGD, SUITES, Square, Stage, Suite
+from verideq.attacks import ATTACKS, PGD, SUITES, Square, Stage, Suite
 from verideq.certify.corruption import normalised_error
 from verideq.cli.main import run as command
 
@@ -33,7 +33,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "equilibrium-prop
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = {"ep-cnn": "mnist", "bp-cnn": "mnist-bp-cnn", "adv-cnn": "mnist-adv-cnn", "vit": "mnist-vit"}
 """By name, the recipe."""
-RADII = {"linf": ("0.05", "0.1", "0.2", "0.3"), "l2": ("0.5", "1", "2", "3")}
+RADII = {"linf": ("0.05", "0.1", "0.2"), "l2": ("0.5", "1", "2")}
 BASELINE = "bp-cnn"
 
 
@@ -83,7 +83,8 @@ def main() -> None:
     parser.add_argument("--out", help="keep the figures in results/NAME.json")
     options = parser.parse_args()
     options.common = ["--threads", str(options.threads), "--device", "cpu"]
-    SUITES["robustness"] = Suite("robustness", (Stage(PGD(restarts=1)), Stage(Square(options.queries))))
+    suite = Suite("robustness", (Stage(PGD(restarts=1)), Stage(Square(options.queries))))
+    SUITES["robustness"] = ATTACKS["robustness"] = suite
     figures: list[dict[str, Any]] = []
     folders: list[Path] = []
     summaries: dict[tuple[str, int], dict[str, Any]] = {}

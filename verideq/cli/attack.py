@@ -36,6 +36,7 @@ from verideq.cli.options import (
 from verideq.data import load, parse_indices
 from verideq.data.corruptions import parse_corruptions
 from verideq.distributed import joined
+from verideq.equilibrium.surrogates import Final
 from verideq.errors import InputError, UnknownName
 from verideq.region import Region, check_norm
 
@@ -124,7 +125,9 @@ def attack(
 
 def _refuse_states(network: torch.nn.Module, name: str, suite: str, defence: str) -> None:
     """States on the way to an equilibrium are there to be attacked only where there is an equilibrium."""
-    for option, asked, left in (("--suite", suite, ("pgd", "standard")), ("--defence", defence, ("final",))):
+    looking = {name for name, own in SUITES.items() if any(not isinstance(s.surrogate, Final) for s in own.stages)}
+    blind = tuple(name for name in SUITES if name not in looking)
+    for option, asked, left in (("--suite", suite, blind), ("--defence", defence, ("final",))):
         if asked not in left and not has_states(network):
             raise InputError(
                 f"{option} {asked} looks at the states on the way to an equilibrium, and {name} has none: use "

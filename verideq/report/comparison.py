@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
 
 from verideq.certify.corruption import normalised_error
@@ -213,6 +214,7 @@ def _accuracy(subjects: Sequence[Subject], norm: str) -> str:
         axes.plot(x, middle, marker=marker, color=colour, markersize=4, linewidth=1.6)
     axes.set_ylim(-3, 103)
     axes.set_yticks([0, 25, 50, 75, 100])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.set_xlabel(f"radius eps, {NORMS[norm]}")
     axes.set_ylabel("accuracy in %")
     drawn = svg_of(figure, f"attacked-{norm}", f"Accuracy under attack against the radius, {norm}")
