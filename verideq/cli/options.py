@@ -106,7 +106,7 @@ def read_model(model: str | None, weights: Path | None) -> tuple[nn.Module, str]
 
 def training_of(model: str | None) -> dict[str, Any] | None:
     """The recipe of a folder of ``verideq train`` without its seed, and the seed; ``None`` for other models."""
-    if model is None or not Path(model).is_dir():
+    if model is None or not (Path(model) / "recipe.toml").exists():
         return None
     from verideq.training.recipe import read_values
 
