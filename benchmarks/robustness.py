@@ -65,7 +65,7 @@ def attack(name: str, seed: int, norm: str, model: Path, options: argparse.Names
         resume = ["--resume"] if (out / "run.json").exists() else []
         call(
             "attack", str(model), "--data", "mnist", "--limit", str(options.limit), "--norm", norm, *radii,
-            *corruptions, "--suite", "robustness", "--batch-size", "50", "--out", str(out), *resume, *options.common,
+            *corruptions, "--suite", "robustness", "--batch-size", "20", "--out", str(out), *resume, *options.common,
         )  # fmt: skip
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     return summary
