@@ -77,7 +77,7 @@ def test_the_mnist_models_are_of_one_shape() -> None:
         assert kind is not None
         recipe = KINDS[kind].recipe_type.read(RECIPES / f"{name}.toml")
         assert isinstance(recipe, (AdversarialRecipe, EnergyRecipe))
-        shapes.add(tuple(recipe.options["channels"]))
+        shapes.add((tuple(recipe.options["channels"]), recipe.options["kernel"]))
     assert len(shapes) == 1
     adv = AdversarialRecipe.read(RECIPES / "mnist-adv-cnn.toml")
     assert (adv.loss, adv.norm) == ("pgd-at", "l2")
