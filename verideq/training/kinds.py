@@ -43,7 +43,7 @@ def read_trained(folder: Path) -> nn.Module:
     path = folder / "recipe.toml"
     kind = kind_of(path) if path.exists() else None
     if kind is None:
-        raise ModelError(f"{folder} is a folder that holds no finished training; name one of verideq train, or a model file")
+        raise ModelError(f"{folder} is a folder that holds no finished training; name another, or a model file")
     recipe = KINDS[kind].recipe_type.read(path)
     model, weights = recipe.build(load(recipe.data, "train")), folder / "weights.safetensors"
     try:
