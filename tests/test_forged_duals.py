@@ -765,6 +765,7 @@ def rows_of(*rows: Any) -> Change:
 
 
 G, QUADRATIC = "case/0/2/g/", "case/0/0/q/"
+PARTS = sorted(claim.QUADRATIC)
 SECOND = split("r", 1, {"case": 1}, {"case": 2})
 FORGED: dict[str, tuple[str, Change]] = {
     # trees
@@ -841,12 +842,12 @@ FORGED: dict[str, tuple[str, Change]] = {
     "a tolerance without a gauge": ("box", put(tolerance="1/1000000000")),
     "a tolerance of the quadratic dual": ("bent", put(tolerance="1/1000000000")),
     # the quadratic dual
-    **{f"{name} of another shape": ("bent", changed(QUADRATIC + name, lambda a: a[:1])) for name in claim.QUADRATIC},
-    **{f"{name} with an axis more": ("bent", changed(QUADRATIC + name, lambda a: a[None])) for name in claim.QUADRATIC},
-    **{f"no {name}": ("bent", dropped(QUADRATIC + name)) for name in claim.QUADRATIC},
-    **{f"{name} with NaN": ("bent", changed(QUADRATIC + name, lambda a: a * np.nan)) for name in claim.QUADRATIC},
+    **{f"{name} of another shape": ("bent", changed(QUADRATIC + name, lambda a: a[:1])) for name in PARTS},
+    **{f"{name} with an axis more": ("bent", changed(QUADRATIC + name, lambda a: a[None])) for name in PARTS},
+    **{f"no {name}": ("bent", dropped(QUADRATIC + name)) for name in PARTS},
+    **{f"{name} with NaN": ("bent", changed(QUADRATIC + name, lambda a: a * np.nan)) for name in PARTS},
     **{f"whole numbers for {name}": ("bent", changed(QUADRATIC + name, lambda a: a.astype(np.int64)))
-       for name in claim.QUADRATIC},
+       for name in PARTS},
     "one more array": ("bent", array(QUADRATIC + "mu", np.zeros((2, 2)))),
     "a negative lambda": ("bent", entry(QUADRATIC + "lambda", (0, 1), -1.0)),
     "a negative lambda of a unit that is off": ("bent", entry(QUADRATIC + "lambda", (0, 0), -1.0)),
