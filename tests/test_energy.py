@@ -55,7 +55,8 @@ def test_training_lowers_the_cost(estimator: str, readout: str, tmp_path: Path) 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_an_interrupted_run_ends_with_the_same_bytes(optimizer: str, tmp_path: Path) -> None:
     augment = {"shift": 1, "flip": True}
-    recipe = recipe_of(epochs=3, estimator="random-sign", optimizer=optimizer, noise=0.1, augment=augment)
+    changes: dict[str, Any] = {"noise": 0.1, "adversary": 0.05, "augment": augment}
+    recipe = recipe_of(epochs=3, estimator="random-sign", optimizer=optimizer, **changes)
     EnergyTrainer(recipe, tmp_path / "whole", CPU).run()
 
     def interrupt(line: dict[str, object]) -> None:
@@ -185,6 +186,7 @@ def test_the_shipped_recipes_are_valid_and_have_their_builders() -> None:
         ({"epochs": 0}, "epochs 0"),
         ({"held_out": -1}, "held_out -1"),
         ({"noise": -0.1}, "noise -0.1"),
+        ({"adversary": -0.1}, "adversary -0.1"),
         ({"augment": {"turn": True}}, "augment.turn"),
         ({"epochs": "many"}, "expected int"),
     ],

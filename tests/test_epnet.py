@@ -135,6 +135,27 @@ def test_it_is_so_for_units_at_the_ends_of_the_hard_sigmoid() -> None:
     assert float(F.cosine_similarity(found, exact, 0)) > 0.999999
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_slope_of_the_input_is_propagated_too(kind: dict[str, Any]) -> None:
+    net, (x, y) = smooth(**kind), batch()
+    exact = Propagation("bptt").slope(net, x, y)
+    found = Propagation("symmetric", 0.01, 300).slope(net, x, y)
+    assert float(F.cosine_similarity(found.flatten(), exact.flatten(), 0)) > 0.999
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_an_adversary_moves_uphill_within_its_ball() -> None:
+    net, (x, y) = smooth(), batch()
+    how, draw = Propagation("symmetric", 0.1, 50), torch.Generator().manual_seed(0)
+    moved = how.adversary(net, x, y, 0.1, draw)
+    assert float((moved - x).abs().max()) <= 0.1 + 1e-12
+    assert float(moved.min()) >= 0 and float(moved.max()) <= 1
+    with torch.no_grad():
+        costs = [float(net.cost(net.split(net.final(net.inject(at))), y)) for at in (x, moved)]
+    assert costs[1] > costs[0]
+
+
 def test_a_random_sign_is_one_of_two_one_sided_estimates() -> None:
     net = smooth()
     symmetric = gradient(net, Propagation("symmetric", 0.04, 300))

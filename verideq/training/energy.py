@@ -50,8 +50,8 @@ class EnergyRecipe(PlainRecipe):
         last_rate: at its end.
         held_out: the last samples of the training split, which the accuracy by step is measured on.
         tested: the first samples of the test split, whose accuracy by step is measured in the end; 0 for all.
-        adversary: train on inputs that one step moves uphill in an l_inf ball, by the same rule; its radius, which grows
-            over the first half of the run; 0 for none.
+        adversary: train on inputs that one step moves uphill in an l_inf ball, by the same rule; its radius, which
+            grows over the first half of the run; 0 for none.
         noise: uniform noise of at most so much, on every pixel of a training image.
     """
 
