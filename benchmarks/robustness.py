@@ -28,6 +28,7 @@ import verideq
 from verideq.attacks import ATTACKS, PGD, SUITES, Square, Stage, Suite
 from verideq.certify.corruption import normalised_error
 from verideq.cli.main import run as command
+from verideq.cli.options import training_of
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "equilibrium-propagation"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -88,9 +89,11 @@ def main() -> None:
     figures: list[dict[str, Any]] = []
     folders: list[Path] = []
     summaries: dict[tuple[str, int], dict[str, Any]] = {}
+    trainings: list[dict[str, Any]] = []
     for name in options.models:
         for seed in range(options.seeds):
             model = train(name, seed, options)
+            trainings.append({"model": name, **(training_of(str(model)) or {})})
             for norm in RADII:
                 summary = attack(name, seed, norm, model, options)
                 folders.append(options.folder / f"{name}-{seed}-{norm}")
@@ -112,7 +115,7 @@ def main() -> None:
     result = {
         "limit": options.limit, "queries": options.queries, "settings": options.set, "seeds": options.seeds,
         "torch": torch.__version__, "version": verideq.__version__, "cpus": os.cpu_count(),
-        "attacks": figures, "corruptions": corruptions,
+        "trainings": trainings, "attacks": figures, "corruptions": corruptions,
     }  # fmt: skip
     print(json.dumps(result))
     if options.out:

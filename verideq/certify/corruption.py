@@ -71,7 +71,8 @@ def corruption_errors(summary: Mapping[str, Any]) -> dict[str, float]:
     >>> corruption_errors({"n": 10, "correct": {"fog": [10, 9, 8, 7, 6]}})
     {'fog': 0.2}
     """
-    return {name: 1 - sum(counts) / (len(counts) * summary["n"]) for name, counts in summary["correct"].items()}
+    tried = {name: len(counts) * summary["n"] for name, counts in summary["correct"].items()}
+    return {name: (tried[name] - sum(counts)) / tried[name] for name, counts in summary["correct"].items()}
 
 
 def normalised_error(summary: Mapping[str, Any], baseline: Mapping[str, Any]) -> float | None:
