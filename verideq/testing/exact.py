@@ -218,6 +218,7 @@ def _candidates(W: np.ndarray, v: np.ndarray, ceiling: Fraction | None) -> Itera
 def _float_guess(W: np.ndarray, v: np.ndarray, ceiling: Fraction | None) -> tuple[int, ...]:
     """The states after Picard steps, the rows solved for their own unknowns, and a few Newton steps."""
     scale = max((abs(value) for value in v), default=ZERO) or Fraction(1)
+    scale = scale if ceiling is None else max(scale, ceiling)  # a tiny v is far below its ceiling
     top = None if ceiling is None else float(ceiling / scale)
     matrix, right = W.astype(float), (v / scale).astype(float)
     factor = 1 / np.where(np.diag(matrix) < 1, 1 - np.diag(matrix), 1)
