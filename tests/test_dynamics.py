@@ -286,7 +286,7 @@ def test_opening_is_the_model() -> None:
     "build",
     [
         lambda: Unrolled(()),
-        lambda: Unrolled((0,)),
+        lambda: Unrolled((-1,)),
         lambda: Unrolled((1,), 0),
         lambda: Unrolled((1,), 1, 0.0),
         lambda: Simultaneous((0,)),

@@ -181,7 +181,7 @@ def test_without_the_guard_float32_leaves_the_class(monkeypatch: Patch) -> None:
         module = FeedbackGauge.apply(FeedbackFusion([(30,), (20,)], [linear(30, 20)]), 1e-9)
         u = torch.cat(totals(module.raw())).sqrt()
         stored = module.operator().map(lambda weight: weight.detach().double())
-        worst = max(worst, float((dense(stored).abs() @ u / u).max()))
+        worst = max(worst, float((dense(stored).abs() @ u / u).max().detach()))
     assert worst > 1 - 1e-9
 
 

@@ -289,7 +289,7 @@ def test_l1_and_jacobian_penalties_against_their_definitions() -> None:
     built = model()
     one, _ = passed(built)
     layer = built[0]
-    weights = [layer.fusion.weight, layer.injection[0].weight, built[4].weight]
+    weights = [layer.fusion.weight, layer.injection[0].weight, built[-1].weight]
     assert float(l1_penalty(one).detach()) == pytest.approx(sum(float(w.detach().abs().sum()) for w in weights))
     z, W = one.clean["0"], layer.fusion.weight
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(3)).double()

@@ -35,7 +35,7 @@ from verideq.clock import OutOfTime
 from verideq.equilibrium import RELU
 from verideq.errors import NoGaugeError
 from verideq.graph import INPUT, Graph
-from verideq.region import Region
+from verideq.region import HEAVIEST, Region
 
 STEPS = 200
 RATE = 0.1
@@ -565,16 +565,19 @@ def quadratic_steps(problem: Problem, point: Point, reach: Tensor, rows: int) ->
 
 def checked_rows(prepared: Prepared, query: Query, C: Tensor, proofs: list[Proof]) -> Tensor:
     """What the checker makes of proofs: a lower bound of every row, (samples, rows); ``-inf`` for nothing."""
-    payloads = []
+    found = []
     for i, proof in enumerate(proofs):
-        region, place = query.region, i
+        region, place, rows = query.region, i, C[i].cpu().numpy()
         if region is None:
             center, radius = (side[i : i + 1] for side in query.box.ball())
-            region, place = Region(center, 1, clip=None, weights=radius[0]), 0
-        rows = C[i].cpu().numpy()
-        payloads.append(
-            record(
-                prepared.checker.hash, 0, region, place, proof, label=None, C=rows, rhs=np.zeros(len(rows)), margin=0.0
-            )
+            # Where a radius is too small for a weight the region is wider, and nothing is said of one that is too wide.
+            weights = torch.where(radius[0] > 0, radius[0].clamp(min=1 / HEAVIEST), 0.0)
+            if not bool((weights <= HEAVIEST).all()):
+                found.append(np.full(len(rows), -np.inf))
+                continue
+            region, place = Region(center, 1, clip=None, weights=weights), 0
+        payload = record(
+            prepared.checker.hash, 0, region, place, proof, label=None, C=rows, rhs=np.zeros(len(rows)), margin=0.0
         )
-    return torch.as_tensor(np.stack([prepared.checker.rows(payload) for payload in payloads])).to(C)
+        found.append(prepared.checker.rows(payload))
+    return torch.as_tensor(np.stack(found)).to(C)
