@@ -36,6 +36,14 @@ def tick() -> None:
         raise OutOfTime
 
 
+def share(deadline: float, left: int) -> float:
+    """When the first of `left` tasks has to end, so that each has as much time."""
+    if deadline == math.inf:
+        return deadline
+    now = time.monotonic()
+    return now + max(0.0, deadline - now) / left
+
+
 class Accounts:
     """What each sample of a batch has used of its time: work is charged to those for whom it is done, in equal parts.
 

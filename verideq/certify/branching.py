@@ -30,7 +30,7 @@ from verideq.certify.certificate import Proof, Split, Step, Then, Tree
 from verideq.certify.footprint import Footprint
 from verideq.certify.leaf import Leaves
 from verideq.certify.method import Bounds, Prepared, Query
-from verideq.clock import Accounts, OutOfTime
+from verideq.clock import Accounts, OutOfTime, share
 from verideq.graph import INPUT
 from verideq.memory import fitting
 
@@ -46,6 +46,8 @@ GAP = 0.01
 """The share of the gap between bound and worst known point at the root that is left then."""
 FEATURES = 10
 """Inputs with more features are not cut."""
+HALF = 0.5
+"""The share of a sample's time after which HiGHS is asked."""
 DEPTH = 140
 """Cuts above one another: a checker reads no deeper trees."""
 TIE = 1e-6
@@ -160,6 +162,7 @@ class Branching:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.C, self.trial = stage, rows_of(stage.query, stage.scene), Trial(stage.prepared)
         self.witnesses, self.leaves = dict(stage.witnesses), Leaves(stage.scene)
+        self.struck: set[int] = set()
         self.features = stage.query.box.lower[0].numel()
         query, best = stage.query, stage.best
         free = query.upper or query.rhs is None
@@ -180,6 +183,7 @@ class Branching:
         """Search until everything is closed, or broken, or as good as the limits let it be."""
         self.bound([(search, search.root) for search in self.searches], replace(CLIMB, steps=0))
         while True:
+            self.strike()
             active = [
                 search
                 for search in self.searches
@@ -199,6 +203,21 @@ class Branching:
             with suppress(OutOfTime):
                 for _ in range(DESCENTS if going else 0):
                     self.descend(list(going.values()))
+
+    def strike(self) -> None:
+        """Ask HiGHS for points to try, for each sample once: when half of its time is over and little may be left."""
+        waiting = (search.sample for search in self.searches if search.heap and search.goal < math.inf)
+        for i in {i for i in waiting if i not in self.struck | set(self.witnesses) and self.accounts.late(i, HALF)}:
+            self.struck.add(i)
+            searches = [search for search in self.searches if search.sample == i and search.heap]
+            with self.accounts.charged([i]) as deadline:
+                for k, search in enumerate(sorted(searches, key=lambda search: search.heap[0][0])):
+                    if i in self.witnesses:
+                        break
+                    C = self.C[i, search.row]
+                    point = self.leaves.lowest(self.stage.scene, i, C, share(deadline, min(2, len(searches) - k)))
+                    if point is not None:
+                        self.tried(search, point, float(self.trial.values(point[None], C[None])))
 
     def bound(self, parts: list[tuple[Search, Part]], climb: Climb) -> None:
         """Bound some parts: those of samples that have time left."""

@@ -7,8 +7,6 @@ complete for ReLUs and equilibria, and knows how far it has to go. What is not p
 
 from __future__ import annotations
 
-import math
-import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -18,15 +16,14 @@ from torch import Tensor
 from verideq.box import Box
 from verideq.certify.adjoint import adjoint_refined, scene_of
 from verideq.certify.branching import branch_and_bound
+from verideq.certify.leaf import LIMIT
 from verideq.certify.method import Bounds, Method, Prepared, Query
 from verideq.certify.program import Encoding, Outcome, Program, encode, fits
 from verideq.certify.quadratic import form_of, quadratic
 from verideq.certify.quadratic_tree import quadratic_branching
-from verideq.clock import OutOfTime, until
+from verideq.clock import OutOfTime, share, until
 from verideq.errors import NoGaugeError
 
-LIMIT = 40
-"""Binary variables of a sample, one for every unit that is not known to be on or off: with more it is refused."""
 GAP = 1e-5
 """How close to HiGHS's answer a bound without a goal is proved, of what goes into a row there."""
 
@@ -91,14 +88,6 @@ def minimum(prepared: Prepared, query: Query, limit: int = LIMIT) -> Minimum:
         outcomes.append(ends)
         values[i] = (C[i] * prepared.graph(points[i])).sum(1)
     return Minimum(values, claims, points, outcomes, binaries)
-
-
-def share(deadline: float, left: int) -> float:
-    """When the first of `left` tasks has to end, so that each has as much time."""
-    if deadline == math.inf:
-        return deadline
-    now = time.monotonic()
-    return now + max(0.0, deadline - now) / left
 
 
 def rows_of(prepared: Prepared, query: Query) -> Tensor:

@@ -1,6 +1,6 @@
-"""Parts of a region in which no unit is unstable: what a tree ends in, and a linear program.
+"""What HiGHS makes of parts of a region: where no unit is unstable, the end of a tree; where few are, points to try.
 
-There the relaxation is exact, so that its optimum decides the part: above the goal, HiGHS's shadow prices are
+Where none is the relaxation is exact, so that its optimum decides the part: above the goal, HiGHS's shadow prices are
 multipliers that prove it; below, its minimiser is a counterexample. Neither is believed: the prices are rounded to
 float32 and bounded as any others are (`verideq.certify.ascent.proved`), and the minimiser is tried on the model.
 """
@@ -17,6 +17,9 @@ from torch import Tensor
 from verideq.certify.ascent import Multipliers, proved
 from verideq.certify.backward import Scene
 from verideq.certify.program import Encoding, Outcome, Program, encode, fits
+
+LIMIT = 40
+"""Binary variables of a sample, one for every unit that is not known to be on or off: more take too long."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,22 @@ class Leaves:
         lowest = self._proved(own, row, none, None).bound
         factor = 2 * max(enough - lowest, 0.0) / broken.least
         return self._proved(own, row, {name: factor * g for name, g in broken.multipliers.items()}, None)
+
+    @torch.no_grad()
+    def lowest(self, scene: Scene, place: int, row: Tensor, until: float) -> Tensor | None:
+        """Where a row, (outputs,), is least on a part with few unstable units, (*features), or how far HiGHS came.
+
+        ``None`` where there are too many, or where it has no point in time.
+        """
+        own = scene.select(torch.tensor([place], device=row.device))
+        if not self.decide or sum(int(known.unstable.sum()) for known in own.relaxed.values()) > LIMIT:
+            return None
+        self.encoding = encode(self.scene) if self.encoding is None else self.encoding
+        point = Program(self.encoding, own, 0, integer=True).least(row, until).point
+        if point is None:
+            return None
+        point = point[None].to(row)
+        return (point if own.region is None else own.region.project(point))[0]
 
     @staticmethod
     def _proved(own: Scene, row: Tensor, multipliers: Mapping[str, Tensor], point: Tensor | None) -> Solved:

@@ -43,7 +43,7 @@ from verideq.certify.quadratic import (
     rounded,
     spare,
 )  # fmt: skip
-from verideq.clock import OutOfTime, until
+from verideq.clock import OutOfTime, share, until
 from verideq.memory import fitting
 
 LEAF_STEPS = 60
@@ -125,6 +125,8 @@ class Search:
                 solved = self.solve(leaf)
                 if not isinstance(solved, dict):
                     self.witness = solved
+                    for left in taken:
+                        self._add(left)
                     return False
                 leaf.linear = solved
             taken = [leaf for leaf in taken if leaf.linear is None]
@@ -138,6 +140,11 @@ class Search:
                 self._add(below)
                 self._add(above)
         return True
+
+    @property
+    def rows(self) -> list[int]:
+        """Those that are open, the worst first."""
+        return list(dict.fromkeys(leaf.row for _, _, leaf in sorted(self.open, key=lambda entry: entry[:2])))
 
     def _add(self, leaf: Leaf) -> None:
         if not leaf.value > 0:
@@ -223,9 +230,14 @@ def _one(root: Root, deadline: float) -> Bounds | Tensor | None:
 
     ends = Ends(prepared, query, problem.form.name, root.goal[0], deadline)
     stable = ~ends.scene.relaxed[problem.form.name].unstable.flatten()
-    search = Search(problem, reach, stable, deadline, NODES if deadline == math.inf else 10**9, look, ends.solve)
+    nodes = NODES if deadline == math.inf else 10**9
+    search = Search(problem, reach, stable, share(deadline, 2), nodes, look, ends.solve)
     if not search.run(starts):
-        return search.witness
+        if search.witness is None:
+            search.witness = ends.broken(search.rows, deadline)
+        search.until = deadline
+        if search.witness is not None or not search.run([]):
+            return search.witness
     closed: list[Leaf] = []
     trees = tuple(((leaf.row,), _tree(leaf, problem.form.name, closed)) for leaf in starts)
     rows = torch.tensor([leaf.row for leaf in closed])
@@ -291,8 +303,23 @@ class Ends:
             return None
         point = solved.point[None].to(low)
         point = point if self.query.region is None else self.query.region.project(point)
-        broken = float((self.prepared.graph(point)[0] * row).sum()) < float(self.query.rhs[0, leaf.row])
-        return point[0] if broken else None
+        return point[0] if self._breaks(point[0], leaf.row) else None
+
+    def broken(self, rows: list[int], deadline: float) -> Tensor | None:
+        """A point that breaks one of some rows, if HiGHS finds one in time."""
+        if self.query.C is None:
+            return None
+        scene, _ = scene_of(self.prepared, self.query, [[]])  # tightened: HiGHS gains more by it than it costs
+        for k, row in enumerate(rows):
+            point = self.leaves.lowest(scene, 0, self.query.C[0, row], share(deadline, min(2, len(rows) - k)))
+            if point is not None and self._breaks(point, row):
+                return point
+        return None
+
+    def _breaks(self, point: Tensor, row: int) -> bool:
+        if self.query.C is None or self.query.rhs is None:
+            return False
+        return float((self.prepared.graph(point[None])[0] * self.query.C[0, row]).sum()) < float(self.query.rhs[0, row])
 
 
 def _tree(leaf: Leaf, node: str, ends: list[Leaf]) -> Tree:
