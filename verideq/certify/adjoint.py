@@ -29,7 +29,11 @@ SLOPES = ("adaptive", "zero", "one")
 
 
 MOVED = 0.01
-"""A round that narrows the pre-activations by a smaller share is the last."""
+"""A round that narrows the pre-activations by a smaller share is the last, and left out."""
+PROBE = 8
+"""Units that show whether a node's can be tightened at all, where it has more than twice as many."""
+LITTLE = 1e-6
+"""The share by which they have to."""
 ELEMENTS = 2**24
 """Coefficients that are worked on at a time, if memory allows."""
 
@@ -178,32 +182,41 @@ def scene_of(prepared: Prepared, query: Query, steps: list[list[Step]] | None = 
 def refine(scene: Scene, name: str, steps: list[list[Step]], at_once: int) -> None:
     """Tighten the pre-activations of a node, the unstable units' lower and upper ends, until little moves.
 
+    Where there are many, a few show first whether anything is to be had: behind one affine map of the input nothing is.
+
     Args:
         steps: of every sample: how, written down.
         at_once: see `tighten`.
     """
-    moving = torch.ones(scene.samples, dtype=torch.bool, device=scene.relaxed[name].pre.lower.device)
-    for _ in range(ROUNDS):
+    first = scene.relaxed[name]
+    most = max(1, WORK // (2 * first.pre.lower[0].numel()))
+    moving = torch.ones(scene.samples, dtype=torch.bool, device=first.pre.lower.device)
+    for turn in range(ROUNDS + 1):
         known = scene.relaxed[name]
         # The widest first. What is too much is too much for everyone, whatever memory there is.
-        counts = known.unstable.flatten(1).sum(1).clamp(max=max(1, WORK // (2 * known.pre.lower[0].numel())))
-        counts = torch.where(moving, counts, 0)
-        most = int(counts.max())
-        if not most:
+        whole = torch.where(moving, known.unstable.flatten(1).sum(1).clamp(max=most), 0)
+        counts = torch.where(whole > 2 * PROBE, PROBE, whole) if turn == 0 else whole
+        rows = int(counts.max())
+        if not rows:
             return
         width = torch.where(known.unstable, known.pre.width, -1.0).flatten(1)
-        units = width.argsort(dim=1, descending=True, stable=True)[:, :most]
-        before = width.clamp(min=0).sum(1)
-        own_rows = torch.arange(most, device=units.device) < counts[:, None]
+        units = width.argsort(dim=1, descending=True, stable=True)[:, :rows]
+        own_rows = torch.arange(rows, device=units.device) < counts[:, None]
         multipliers = tighten(scene, name, torch.cat((units, -1 - units), 1), own_rows.repeat(1, 2), at_once)
-        for i, count in enumerate(counts.tolist()):
-            if count:
-                chosen = [*range(count), *range(most, most + count)]
-                own = {node: g[i, chosen].float().cpu().numpy() for node, g in multipliers.items()}
-                places = torch.cat((units[i, :count], -1 - units[i, :count])).cpu().numpy()
-                steps[i].append(Step(name, units=places, multipliers=own))
-        after = torch.where(scene.relaxed[name].unstable, scene.relaxed[name].pre.width, 0.0).flatten(1).sum(1)
-        moving = moving & (after < before * (1 - MOVED))
+        found = scene.relaxed[name]
+        left = torch.where(found.unstable, found.pre.width, 0.0).flatten(1)
+        before, after = (torch.where(own_rows, x.gather(1, units), 0.0).sum(1) for x in (width, left))
+        look = counts < whole
+        moving = moving & (after < before * torch.where(look, 1 - LITTLE, 1 - MOVED))
+        # What moves next to nothing is not worth a checker's time, and what was to show that will be there again.
+        kept = moving & ~look
+        scene.relaxed[name] = found.where(kept, known)
+        for i in kept.nonzero().flatten().tolist():
+            count = int(counts[i])
+            chosen = [*range(count), *range(rows, rows + count)]
+            own = {node: g[i, chosen].float().cpu().numpy() for node, g in multipliers.items()}
+            places = torch.cat((units[i, :count], -1 - units[i, :count])).cpu().numpy()
+            steps[i].append(Step(name, units=places, multipliers=own))
 
 
 def tighten(scene: Scene, name: str, units: Tensor, wanted: Tensor, at_once: int = 2**62) -> dict[str, Tensor]:

@@ -1,33 +1,35 @@
-"""Ascent on the multipliers of the linear dual: towards the bound of the triangle relaxation.
+"""Ascent on the slopes of the linear dual: towards the bound of the triangle relaxation.
 
 The dual (`verideq.certify.backward`) is concave and piecewise linear in the multipliers ``g`` of all ReLUs and
-equilibria together, and its best value is that of the triangle relaxation, a linear program. CROWN's ``g`` is where the
-search starts. There hundreds of coefficients are zero up to rounding, so that which corner of the box a plain
-subgradient takes is noise; a smoothed one (Nesterov, *Smooth minimization of non-smooth functions*, 2005), less and
-less so, moves every coefficient in proportion. Steps are Adam's (Kingma and Ba, 2015), in units of each row's largest
-multiplier. Whatever comes out is sound: the bound is that of the best ``g``, rounded to float32 as the certificate has
-it, with all rounding counted.
+equilibria together, and its best value is that of the triangle relaxation, a linear program. Moved on its own, a
+multiplier leaves a rest on ``z`` that costs more than it gains: the ridge on which no rest is left is where CROWN's
+multipliers are, whatever its slopes. So what climbs are the slopes, and the multipliers of the cuts of branch and
+bound (Xu et al., *Fast and complete*, 2021; Wang et al., *Beta-CROWN*, 2021), and through an equilibrium the adjoint
+equilibrium follows them: its derivative is one more equilibrium. Steps are Adam's (Kingma and Ba, 2015). Whatever
+comes out is sound: the bound is that of the best ``g``, rounded to float32 as the certificate has it, with its rest and
+all rounding counted.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from verideq.box import TINY
 from verideq.certify.adjoint import ELEMENTS, Stage, opened, refined, rows_of, rules
-from verideq.certify.backward import Rule, Scene, given, most
+from verideq.certify.backward import SYNC, Relaxed, Rule, Scene, given, most, sloped
 from verideq.certify.footprint import Footprint
 from verideq.certify.method import Bounds, Prepared, Query
 from verideq.clock import OutOfTime
-from verideq.equilibrium import Auto
+from verideq.equilibrium import Auto, Operator
 from verideq.graph import INPUT
 from verideq.memory import fitting
 
@@ -38,6 +40,10 @@ FIRST, SECOND = 0.9, 0.98
 """Adam's averages of the gradient and of its square."""
 FLOOR = 1e-2
 """What is added to the root of the latter, of its largest entry: directions that hardly matter hardly move."""
+SETTLED = 1e-4
+"""Where the adjoint equilibrium of a step has settled, relative to each row's largest entry."""
+SETTLING = 40
+"""Steps that it has for that."""
 LOOK = 5
 """Steps between two looks at which rows are closed."""
 SPARE = 2.0**-20
@@ -52,13 +58,11 @@ class Climb:
 
     Args:
         steps: at most.
-        rate: of the first step, in units of a row's largest multiplier; it falls quadratically to 0.
-        smooth: see `Scene.smooth`, at the first step; it falls quadratically, to a hundredth.
+        rate: of the first step, in units of the largest slope; it falls linearly to 0.
     """
 
-    steps: int = 80
-    rate: float = 0.06
-    smooth: float = 0.05
+    steps: int = 40
+    rate: float = 0.2
 
 
 @torch.no_grad()
@@ -166,83 +170,184 @@ def climbed(
         climb: how long.
         deadline: `time.monotonic` at which to stop.
     """
-    scene, found, top = replace(scene, rigorous=False), dict(start), torch.full_like(goal, -torch.inf)
-    goal = goal + spare(scene, C)
-    # Steps need a length also where the best bound so far has no multipliers.
-    _, usual = scene.least({scene.output: C}, rules(scene, "adaptive"))
-    walks = {name: _Walk.begin(scene, name, start[name], usual[name]) for name in usual}
-    alive = torch.arange(len(C), device=C.device)
-    for step in range(climb.steps if walks else 0):
-        left = 1 - step / climb.steps
-        low, slopes = _slopes(replace(scene, smooth=climb.smooth * max(left**2, 0.01)), C, walks)
+    scene, goal = replace(scene, rigorous=False), goal + spare(scene, C)
+    top, paths = _begun(scene, C, start)
+    found, alive = dict(start), torch.arange(len(C), device=C.device)
+    for step in range(climb.steps if paths else 0):
+        if step % LOOK == 0:
+            left = (~(top[alive] > goal)).nonzero().flatten()
+            if time.monotonic() > deadline or not len(left):
+                break
+            if len(left) < len(alive):
+                alive, scene, C, goal = alive[left], scene.select(left), C[left], goal[left]
+                paths = {name: path.select(left) for name, path in paths.items()}
+        low, used, slopes = _slopes(scene, C, paths)
         better = low > top[alive]
         top[alive] = torch.where(better, low, top[alive])
-        for name, walk in walks.items():
-            found[name] = found[name].index_put((alive[better],), walk.g[better])
-        walks = {name: walk.on(slopes[name], step, climb.rate * left**2) for name, walk in walks.items()}
-        if step % LOOK == LOOK - 1:
-            open_ = (~(low > goal)).nonzero().flatten()
-            if time.monotonic() > deadline or not len(open_):
-                break
-            if len(open_) < len(alive):
-                alive, scene, C, goal = alive[open_], scene.select(open_), C[open_], goal[open_]
-                walks = {name: _Walk(*(x[open_] for x in walk)) for name, walk in walks.items()}
+        for name, g in used.items():
+            found[name] = found[name].index_put((alive[better],), g[better])
+        for name, path in paths.items():
+            path.on(slopes[name], step, climb.rate * (1 - step / climb.steps))
     return found
 
 
-def _slopes(scene: Scene, C: Tensor, walks: Mapping[str, _Walk]) -> tuple[Tensor, Multipliers]:
-    """The bounds of rows, (rows,), and their smoothed gradients by node."""
+def _begun(scene: Scene, C: Tensor, start: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, _Path]]:
+    """The bounds of rows by multipliers, (rows,), and the paths on which these lie, or nearly."""
+    rows: dict[str, Tensor] = {}
+
+    def rule(known: Relaxed, q: Tensor) -> Tensor:
+        rows[known.node.name] = q
+        return start[known.node.name].to(q)
+
+    top, _ = scene.least({scene.output: C}, dict.fromkeys(start, rule))
+    return top[:, 0], {name: _Path(scene.relaxed[name], q, start[name].to(q)) for name, q in rows.items()}
+
+
+def _slopes(
+    scene: Scene, C: Tensor, paths: Mapping[str, _Path]
+) -> tuple[Tensor, Mapping[str, Tensor], dict[str, list[Tensor]]]:
+    """The bounds of rows, (rows,), the multipliers, and the gradients of all knobs, by node."""
     with torch.enable_grad():
-        own = {name: walk.g.requires_grad_() for name, walk in walks.items()}
-        low, _ = scene.least({scene.output: C}, {name: given(g) for name, g in own.items()})
-        slopes = torch.autograd.grad(low.sum(), list(own.values()))
-    return low.detach()[:, 0], dict(zip(own, slopes, strict=True))
+        knobs = {name: [knob.at.requires_grad_() for knob in path.knobs] for name, path in paths.items()}
+        low, used = scene.least({scene.output: C}, {name: path.rule for name, path in paths.items()})
+        slopes = iter(torch.autograd.grad(low.sum(), [at for own in knobs.values() for at in own]))
+    return (
+        low.detach()[:, 0],
+        {name: g.detach() for name, g in used.items()},
+        {name: [next(slopes) for _ in own] for name, own in knobs.items()},
+    )
 
 
-class _Walk(NamedTuple):
-    """Where the multipliers of one node are, (rows, 1, *state), and Adam's averages; the others broadcast.
+class _Knob(NamedTuple):
+    """What is turned at a node, (rows, 1, *state), and Adam's averages.
 
     Args:
-        g: the multipliers.
+        at: where it stands, 0 or more.
         mean: of the gradients.
         square: of their squares.
-        scale: of each row's multipliers.
-        grid: gradients are rounded to multiples of it. Without that the last bits of a product, which differ with the
-            size of the batch, would grow from step to step.
-        floor: below which none may be.
-        roof: above which.
+        unit: of its steps, and `grid`: (rows, 1, ...). Gradients are rounded to multiples of that: without it the last
+            bits of a product, which differ with the size of the batch, would grow from step to step.
+        end: how far it goes.
     """
 
-    g: Tensor
+    at: Tensor
     mean: Tensor
     square: Tensor
-    scale: Tensor
+    unit: Tensor
     grid: Tensor
-    floor: Tensor
-    roof: Tensor
+    end: Tensor
 
     @staticmethod
-    def begin(scene: Scene, name: str, g: Tensor, usual: Tensor) -> _Walk:
-        """Before the first step; `usual`: what CROWN's multipliers are like."""
-        known, shape = scene.relaxed[name], (-1, *[1] * (g.dim() - 1))
-        largest = torch.maximum(most(known.pre.lower[:, None]), most(known.pre.upper[:, None]))
-        return _Walk(
-            g,
-            torch.zeros_like(g),
-            torch.zeros_like(g),
-            torch.maximum(most(g), most(usual)).view(shape),
-            torch.exp2(torch.frexp(largest + TINY).exponent.to(g) - 20).view(shape),
-            known.floor[:, None].to(g),
-            known.roof[:, None].to(g),
-        )
+    def begin(at: Tensor, unit: Tensor, size: Tensor, end: Tensor) -> _Knob:
+        """Before the first step; `size` and `unit`: (rows, 1), of the largest gradient and of the steps."""
+        shape = (-1, *[1] * (at.dim() - 1))
+        grid = torch.exp2(torch.frexp(size + TINY).exponent.to(at) - 20)
+        return _Knob(at, torch.zeros_like(at), torch.zeros_like(at), unit.view(shape), grid.view(shape), end)
 
-    def on(self, slope: Tensor, step: int, rate: float) -> _Walk:
+    def on(self, slope: Tensor, step: int, rate: float) -> _Knob:
         """One step upwards."""
         slope = (slope / self.grid).round() * self.grid
         mean = FIRST * self.mean + (1 - FIRST) * slope
         square = SECOND * self.square + (1 - SECOND) * slope * slope
         size = (square / (1 - SECOND ** (step + 1))).sqrt()
-        size = size + FLOOR * most(size).view(self.scale.shape) + self.grid
-        g = self.g.detach() + rate * self.scale * (mean / (1 - FIRST ** (step + 1)) / size)
-        g = torch.clamp(g, self.floor, self.roof)
-        return self._replace(g=torch.where(g.isfinite(), g, 0.0), mean=mean, square=square)
+        size = size + FLOOR * most(size).view(self.unit.shape) + self.grid
+        at = self.at.detach() + rate * self.unit * (mean / (1 - FIRST ** (step + 1)) / size)
+        at = torch.minimum(at.nan_to_num(nan=0.0).clamp(min=0), self.end)
+        return self._replace(at=at, mean=mean, square=square)
+
+
+class _Path:
+    """The multipliers of a node that leave nothing on ``z`` of a unit but what a line or a cut takes.
+
+    ``δ g = D(y) y + s β``, ``y = q + W̃ᵀ δ g``, with any slopes ``D`` between the least and the largest and ``β >= 0``:
+    ``s`` is -1 for a unit that was cut to ``P >= 0``, 1 for one cut to ``P <= 0``, and 0 for the others.
+
+    Args:
+        known: of (rows,) samples.
+        q: rows on the node, (rows, 1, *state), and `g`: multipliers where the path begins. Where these are not of this
+            form the slopes nearest to theirs are; where there are none, CROWN's.
+    """
+
+    def __init__(self, known: Relaxed, q: Tensor, g: Tensor) -> None:
+        q = q.view_as(g)
+        t, pre = g * known.divisor(), known.pre
+        y = t if known.operator is None else _over(known.operator.solved()[0].transpose(), t)
+        y = q if known.operator is None else q + y
+        ends = [[side[:, None] for side in known.slopes(kind)] for kind in ("zero", "one", "adaptive")]
+        self.ends = [ends[0][0], ends[1][0], ends[0][1], ends[1][1]]
+        below, above = pre.upper == 0, (pre.lower == 0) & (pre.upper > 0)
+        self.sign = (below.to(q) - above.to(q))[:, None]
+        size = torch.maximum(most(pre.lower[:, None]), most(pre.upper[:, None]))
+        none, self.settled = (most(g) == 0).view(-1, *[1] * (g.dim() - 1)), [t, torch.zeros_like(t)]
+        self.knobs = []
+        for first, last, usual, side in zip(ends[0], ends[1], ends[2], (y > 0, y < 0), strict=True):
+            slope = torch.where(side & ~none, t / torch.where(side, y, 1.0), usual)
+            reach = torch.where(last > first, last - first, 1.0)
+            end = (last > first).to(q).expand_as(t)
+            at = torch.minimum(((slope - first) / reach).clamp(min=0), end)
+            self.knobs.append(_Knob.begin(at, torch.ones_like(size), size * most(y), end))
+        at = (self.sign * (t - torch.where(above[:, None], y, 0.0))).clamp(min=0)
+        self.knobs.append(_Knob.begin(at, most(y), size, torch.where(self.sign == 0, 0.0, torch.inf)))
+
+    def rule(self, known: Relaxed, q: Tensor) -> Tensor:
+        """The multipliers of rows."""
+        low, high, cut = (knob.at for knob in self.knobs)
+        slopes = torch.lerp(self.ends[0], self.ends[1], low), torch.lerp(self.ends[2], self.ends[3], high)
+        if known.operator is None:
+            return torch.relu(q) * slopes[0] + q.clamp(max=0) * slopes[1] + self.sign * cut
+        t: Tensor = _Settled.apply(q, *slopes, self.sign * cut, known.operator, self.settled)  # type: ignore[no-untyped-call]  # torch's
+        return t / known.divisor()
+
+    def on(self, slopes: list[Tensor], step: int, rate: float) -> None:
+        """One step upwards."""
+        self.knobs = [knob.on(slope, step, rate) for knob, slope in zip(self.knobs, slopes, strict=True)]
+
+    def select(self, part: Tensor) -> _Path:
+        """The paths of some rows."""
+        own = copy(self)
+        own.ends, own.settled = [end[part] for end in self.ends], [x[part] for x in self.settled]
+        own.sign, own.knobs = self.sign[part], [_Knob(*(x[part] for x in knob)) for knob in self.knobs]
+        return own
+
+
+class _Settled(torch.autograd.Function):
+    """``t = D(y) y + shift``, ``y = q + W̃ᵀ t``: differentiated where it has settled, see `_Path`.
+
+    `settled` holds the last ``t``, and the last gradient of ``q``: where the search for the next ones begins.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, lower: Tensor, upper: Tensor, shift: Tensor, operator: Operator, settled: list[Tensor]
+    ) -> Tensor:
+        back = operator.solved()[0].transpose()
+        t = settled[0] = _settled(lambda t: sloped(q + _over(back, t), lower, upper) + shift, settled[0])
+        ctx.save_for_backward(q + _over(back, t), lower, upper)
+        ctx.operator, ctx.settled = operator, settled
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        y, lower, upper = ctx.saved_tensors
+        slope, forth = torch.where(y > 0, lower, upper), ctx.operator.solved()[0]
+        m = ctx.settled[1] = _settled(lambda m: slope * (upstream + _over(forth, m)), ctx.settled[1])
+        whole = upstream + _over(forth, m)
+        return m, whole * torch.relu(y), whole * y.clamp(max=0), whole, None, None
+
+
+def _settled(apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A fixed point from a good guess on, (rows, 1, *state): each row for as long as it needs, whatever others do."""
+    moving = torch.ones_like(x[:, :1].flatten(1)[:, :1], dtype=torch.bool).view(-1, *[1] * (x.dim() - 1))
+    for step in range(1, SETTLING + 1):
+        new = apply(x)
+        gap, size = most(new - x), most(new)
+        x = torch.where(moving, new, x)
+        moving = moving & (gap > SETTLED * size).view(moving.shape)
+        if step % SYNC == 0 and not bool(moving.any()):
+            break
+    return x
+
+
+def _over(operator: Operator, rows: Tensor) -> Tensor:
+    """An operator on rows, (rows, 1, *state)."""
+    return operator.apply(rows.flatten(0, 1)).view_as(rows)

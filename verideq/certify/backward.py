@@ -278,6 +278,17 @@ class Relaxed:
         """The largest ones: 0 where a unit is at its ceiling."""
         return torch.where(self.pre.lower >= self.ceiling, 0.0, torch.inf)
 
+    def where(self, chosen: Tensor, other: Relaxed) -> Relaxed:
+        """These for the samples `chosen`, (samples,), and another's for the rest."""
+        pre, z = (
+            Box(*(torch.where(chosen.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(*sides, strict=True)))
+            for sides in (
+                ((self.pre.lower, self.pre.upper), (other.pre.lower, other.pre.upper)),
+                ((self.z.lower, self.z.upper), (other.z.lower, other.z.upper)),
+            )
+        )
+        return replace(self, pre=pre, z=z)
+
     def with_pre(self, pre: Box) -> Relaxed:
         """The same with other pre-activations, what they say of ``z``, and what ``z`` says of them.
 
@@ -497,14 +508,14 @@ def crown(slopes: str, tol: float = 1e-5, max_steps: int = 60) -> Rule:
     def rule(known: Relaxed, q: Tensor) -> Tensor:
         lower, upper = (side[:, None] for side in known.slopes(slopes))
         if known.operator is None:
-            return _sloped(q, lower, upper)
+            return sloped(q, lower, upper)
         g = _fixed_point(known.operator.solved()[0].transpose().apply, q, lower, upper, tol, max_steps)
         return g / known.divisor()
 
     return rule
 
 
-def _sloped(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+def sloped(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """``D(q) q``."""
     # Two products take an eighth of the time of choosing a slope, and are as exact.
     return torch.relu(q).mul_(lower).addcmul_(q.clamp(max=0), upper)
@@ -516,11 +527,11 @@ def _fixed_point(apply: Map, q: Tensor, lower: Tensor, upper: Tensor, tol: float
     Which steps a row is looked at after does not depend on the rows beside it.
     """
     shape, rows = q.shape, q.shape[1]
-    t, found = _sloped(q, lower, upper), None
+    t, found = sloped(q, lower, upper), None
     places = torch.arange(shape[0] * rows, device=q.device)
     for step in range(1, max_steps + 1):
         tick()
-        before, t = t, _sloped((apply(t.flatten(0, 1)) + q.flatten(0, 1)).view_as(q), lower, upper)
+        before, t = t, sloped((apply(t.flatten(0, 1)) + q.flatten(0, 1)).view_as(q), lower, upper)
         if step % SYNC:
             continue
         moving = (most(t - before) > tol * most(t)).flatten()

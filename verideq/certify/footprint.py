@@ -25,7 +25,7 @@ CLIMB = 3
 CHECK = 16
 """Copies of a multiplier in the checker: intervals, and their products with signs apart."""
 ROUNDS = 3
-"""Tightenings of one node, at most."""
+"""Tightenings of one node, at most, after a first of few units."""
 WORK = 2**24
 """Coefficients of the rows that a round of tightening has of one sample, at most."""
 NUMBER = 8
@@ -102,7 +102,7 @@ class Footprint:
     @property
     def steps(self) -> int:
         """Bytes of a sample's tightenings, in float32, as they are and as a record has them."""
-        return ROUNDS * self.tightened * 2 * 4
+        return (ROUNDS + 1) * self.tightened * 2 * 4
 
     def samples_at_once(self, method: str) -> int:
         """How many samples a method can take at a time, one or more.
