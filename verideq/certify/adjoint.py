@@ -49,7 +49,7 @@ class Stage:
         arithmetic: that enclosed them.
         best: of every row so far.
         before: the tightenings of every sample.
-        witnesses: see `Bounds`.
+        witnesses: see `Bounds`, and `closer`.
     """
 
     prepared: Prepared
@@ -59,6 +59,12 @@ class Stage:
     best: Best
     before: list[list[Step]]
     witnesses: Mapping[int, Tensor] = field(default_factory=dict)
+    closer: Mapping[int, str] = field(default_factory=dict)
+
+    def closed(self, method: str) -> Stage:
+        """The same, with the name of the method for the samples of which it leaves nothing open."""
+        places = self.query.closed(self.best.lower).nonzero().flatten().tolist()
+        return replace(self, closer={**dict.fromkeys(places, method), **self.closer})
 
     def bounds(self) -> Bounds:
         """As a method hands it back."""
@@ -66,7 +72,9 @@ class Stage:
         upper = -lower[:, count:] if self.query.upper else torch.full_like(lower, torch.inf)
         steps = self.arithmetic.steps
         steps = torch.zeros(len(self.query), dtype=torch.long) if steps is None else steps
-        return Bounds(Box(lower[:, :count], upper), steps, lambda i: self.proof(i, count), self.witnesses)
+        return Bounds(
+            Box(lower[:, :count], upper), steps, lambda i: self.proof(i, count), self.witnesses, closer=self.closer
+        )
 
     def proof(self, i: int, count: int) -> Proof:
         """Why the first `count` rows of a sample hold."""
@@ -112,7 +120,7 @@ def refined(prepared: Prepared, query: Query, finish: Callable[[Stage], Bounds])
     most = min(ELEMENTS // (2 * size * size), shape.samples_at_once("adjoint-refined"))
     for part, own in query.parts(left, max(1, most)):
         with suppress(OutOfTime), until(own.deadline):
-            found = found.replaced(part, finish(first(prepared, own, tightened=True)))
+            found = found.replaced(part, finish(first(prepared, own, tightened=True).closed("adjoint-refined")))
     return found
 
 

@@ -103,7 +103,7 @@ def ascended(stage: Stage, climb: Climb = Climb()) -> Stage:
             found = climbed(scene, C[i, k], start, goal, climb, query.deadline)
             lower, found = proved(scene, C[i, k], found)
             best = best.improved(i, k, lower, {name: g[:, 0] for name, g in found.items()})
-    return replace(stage, best=best, witnesses=witnesses)
+    return replace(stage, best=best, witnesses=witnesses).closed("adjoint-ascent")
 
 
 def spare(scene: Scene, C: Tensor) -> Tensor:

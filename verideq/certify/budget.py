@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from verideq.attacks import attack_named
-from verideq.certify.bound import METHODS, method_named
+from verideq.certify.bound import method_named
 from verideq.certify.method import Prepared
 from verideq.equilibrium import RELU
 from verideq.errors import InputError
@@ -55,13 +55,15 @@ class Budget:
         return record if self.keep or len(record) < LARGE else None
 
     def methods(self, prepared: Prepared) -> tuple[str, ...]:
-        """The methods to try, cheapest first; ``auto`` takes branch and bound, which has no end, in a time limit."""
+        """The methods to run, cheapest first; ``auto`` takes branch and bound, which has no end, in a time limit."""
         if self.method != "auto":
             prepared.require_method(self.method)
             return (self.method,)
         if prepared.missing:
             return ("interval",)
         rectified = all(layer.activation == RELU for _, layer in prepared.graph.equilibria())
-        tight = ("quadratic",) if prepared.monotone else ("adjoint", "adjoint-refined", "adjoint-ascent")
-        last = ("branch-and-bound",) if self.timeout and rectified else ()
-        return tuple(m for m in ("interval", *tight, *last) if m in METHODS)
+        last = "branch-and-bound" if self.timeout and rectified else None
+        if prepared.monotone:
+            return tuple(m for m in ("interval", "quadratic", last) if m)
+        # Each of these goes through those before it, and says which of them was enough.
+        return "interval", "adjoint", last or "adjoint-ascent"

@@ -279,11 +279,12 @@ def _prove(
         return
     lower = margins_of(bounds, part)
     draft.notes |= {right[k]: f"; {note}" for k, note in bounds.notes.items()}
-    for i, margin, steps in zip(right, lower, bounds.steps.tolist(), strict=True):
+    for k, (i, margin, steps) in enumerate(zip(right, lower, bounds.steps.tolist(), strict=True)):
         before = draft.verdicts[i]
         if before.margin is not None and not margin > before.margin:
             continue  # an earlier method said as much, or more
-        draft.set(i, margin=margin if math.isfinite(margin) else None, method=method, steps=steps)
+        name = bounds.closer.get(k, method) if budget.method == "auto" else method
+        draft.set(i, margin=margin if math.isfinite(margin) else None, method=name, steps=steps)
         if not math.isfinite(margin):
             draft.set(i, reason="the bound is not finite; the weights or the region are too large for float64")
         elif margin > 0:

@@ -164,6 +164,7 @@ class Bounds:
             ``None`` if the method does not say.
         estimated: the box was measured, see `Query.unproved`: what holds is what the checker makes of the proof.
         notes: by place in the batch, what else a user should know of a sample that is left open.
+        closer: by place in the batch, the cheaper method on the way to this one that left nothing open.
     """
 
     box: Box
@@ -173,6 +174,7 @@ class Bounds:
     points: Tensor | None = None
     estimated: bool = False
     notes: Mapping[int, str] = field(default_factory=dict)
+    closer: Mapping[int, str] = field(default_factory=dict)
 
     def replaced(self, part: Tensor, other: Bounds) -> Bounds:
         """These with others for the samples `part`."""
@@ -188,10 +190,13 @@ class Bounds:
         points = self.points
         if points is not None and other.points is not None:
             points = points.index_copy(0, part, other.points)
-        notes = {i: note for i, note in self.notes.items() if i not in places}
-        notes |= {int(part[own]): note for own, note in other.notes.items()}
+        notes, closer = (
+            {i: word for i, word in old.items() if i not in places}
+            | {int(part[own]): word for own, word in new.items()}
+            for old, new in ((self.notes, other.notes), (self.closer, other.closer))
+        )
         estimated = self.estimated or other.estimated
-        return Bounds(Box(*sides), steps, proof, {**kept, **found}, points, estimated, notes)
+        return Bounds(Box(*sides), steps, proof, {**kept, **found}, points, estimated, notes, closer)
 
     @staticmethod
     def joined(parts: Sequence[Bounds]) -> Bounds:
@@ -201,9 +206,11 @@ class Bounds:
         starts = itertools.accumulate((len(part.box.lower) for part in parts), initial=0)
         found = {start + i: x for start, part in zip(starts, parts, strict=False) for i, x in part.witnesses.items()}
         points = [part.points for part in parts if part.points is not None]
+        closer = {i: part.closer[own] for i, (part, own) in enumerate(places) if own in part.closer}
         return Bounds(
             Box(lower, upper), torch.cat([part.steps for part in parts]), lambda i: places[i][0].proof(places[i][1]),
             found, torch.cat(points) if len(points) == len(parts) else None, any(part.estimated for part in parts),
+            closer=closer,
         )  # fmt: skip
 
     @staticmethod

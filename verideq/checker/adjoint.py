@@ -12,7 +12,19 @@ from collections.abc import Callable
 import numpy as np
 
 from verideq.checker.arithmetic import Arithmetic, Array, Interval, constant
-from verideq.checker.network import MODES, Node, average, by_channel, lines, optional, pads_of, pair, scaling, windows
+from verideq.checker.network import (
+    MODES,
+    Node,
+    average,
+    by_channel,
+    by_windows,
+    lines,
+    optional,
+    pads_of,
+    pair,
+    scaling,
+    windows,
+)
 
 Pull = Callable[[Arithmetic, Node, Interval, tuple[int, ...]], tuple[Interval, Interval]]
 """``(arithmetic, node, q, shape of x) -> (Aᵀ q, q · b)``, (rows, *shape of x) and (rows,)."""
@@ -45,20 +57,16 @@ def _conv2d(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) -
     outputs, per_group = weight.shape[:2]
     kernel = weight.shape[2:]
     pads = pads_of(node, (kernel[0], kernel[1]), dilation)
-    sides = []
-    for side in q:
+
+    def read(side: Array) -> Array:
         spread = _spread(calc, side, kernel, stride, dilation, (size[0] + sum(pads[:2]), size[1] + sum(pads[2:])))
-        seen = windows(spread, (kernel[0], kernel[1]), (1, 1), dilation)
-        rows, _, height, width = seen.shape[:4]
-        grouped = seen.reshape(rows, groups, outputs // groups, height, width, *kernel)
-        sides.append(np.moveaxis(grouped, 2, 4).reshape(rows, groups, height * width, -1))
+        return windows(spread, (kernel[0], kernel[1]), (1, 1), dilation)
+
     # What an output adds to an input travels back through the same tap, from the other side.
     flipped = weight[:, :, ::-1, ::-1].reshape(groups, outputs // groups, per_group, *kernel)
     matrix = np.moveaxis(flipped, 2, 4).reshape(groups, -1, per_group)
-    lo, hi = calc.affine((sides[0], sides[1]), matrix, constant(calc, calc.zero, 1))
-    form = (rows, groups, height, width, per_group)
-    lo, hi = (np.moveaxis(s.reshape(form), 4, 2).reshape(rows, -1, height, width) for s in (lo, hi))
-    folded = _folded(calc, node, (lo, hi), pads)
+    wide = by_windows(calc, q, read, matrix, constant(calc, calc.zero, 1))
+    folded = _folded(calc, node, wide, pads)
     bias = optional(node, "bias", outputs, calc.zero).reshape(1, -1, 1, 1)
     return folded, inner(calc, q, (bias, bias)) if "bias" in node.tensors else _none(calc, q)
 

@@ -15,7 +15,7 @@ the sum. An operand or a result below ``2⁻¹⁰²²`` may be flushed to zero, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache, reduce
@@ -27,8 +27,11 @@ import numpy as np
 Array = Any
 """A numpy array of float64, or of `Fraction` objects: numpy's types cannot say so."""
 Interval = tuple[Array, Array]
+Gather = Callable[[Array], Array]
 
 TINY = 2.0**-1022
+CHUNK = 2**19
+"""Numbers that are gathered at a time: as many as a cache holds."""
 SLACK = 16
 """Roundings around a sum that are covered without counting them one by one."""
 
@@ -116,16 +119,40 @@ class Float:
         n = matrix.shape[-2]
         g = gamma(n)
         center, radius = self._ball(x)
-        size = np.abs(matrix)
+        size, reach = np.abs(matrix), np.abs(center) + radius
         moved = (radius * (1 + g) + g * np.abs(center)) @ size
         if error is not None:
-            moved = moved + (np.abs(center) + radius) * (1 + g) @ error
+            moved = moved + reach * (1 + g) @ error
             size = np.maximum(size, error)
-        # By row of x, and by sample of the matrix: a sample's huge numbers, or NaN, charge no other.
-        largest = 2 + size.max((-2, -1), keepdims=True, initial=0.0)
-        largest = largest + (np.abs(center) + radius).max(-1, keepdims=True, initial=0.0)
-        moved = moved * (1 + g) + 8 * TINY * (n + SLACK) * largest
-        image = center @ matrix
+        return self._around(center @ matrix, moved, n, size, reach.max(-1, keepdims=True, initial=0.0), shift)
+
+    def gathered(self, x: Interval, seen: Gather, matrix: Array, shift: Interval) -> Interval:
+        """`affine` of ``seen(x)``, which puts every entry of `x` to places of its own sample, and zeros to others.
+
+        ``seen(x)`` is much larger than `x`, so that centres and radii are taken before, and samples come in parts.
+        """
+        n = matrix.shape[-2]
+        g = gamma(n)
+        center, radius = self._ball(x)
+        moved, size = radius * (1 + g) + g * np.abs(center), np.abs(matrix)
+        per = max(1, seen(center[:1]).size)
+        parts = [
+            slice(start, start + max(1, CHUNK // per)) for start in range(0, max(1, len(center)), max(1, CHUNK // per))
+        ]
+        images = [(seen(center[part]) @ matrix, seen(moved[part]) @ size) for part in parts]
+        image, away = (np.concatenate(sides) for sides in zip(*images, strict=True))
+        largest = (np.abs(center) + radius).reshape(len(center), -1).max(1, initial=0.0)
+        return self._around(image, away, n, size, largest.reshape(-1, *[1] * (image.ndim - 1)), shift)
+
+    def _around(self, image: Array, moved: Array, terms: int, size: Array, largest: Array, shift: Interval) -> Interval:
+        """`affine`, from the products.
+
+        Args:
+            size: magnitudes of the matrix, and `largest`: of each row of ``x``. By row, and by sample of the matrix: a
+                sample's huge numbers, or NaN, charge no other.
+        """
+        largest = 2 + size.max((-2, -1), keepdims=True, initial=0.0) + largest
+        moved = moved * (1 + gamma(terms)) + 8 * TINY * (terms + SLACK) * largest
         image = np.where(np.isfinite(image), image, np.nan)  # an overflow on the way says nothing about the sum
         return self.add((self.down(image - moved), self.up(image + moved)), shift)
 
@@ -229,6 +256,10 @@ class Exact:
         lo, hi = x
         moved = self.zero if error is None else _size(x) @ error
         return self.add((lo @ plus + hi @ minus - moved, hi @ plus + lo @ minus + moved), shift)
+
+    def gathered(self, x: Interval, seen: Gather, matrix: Array, shift: Interval) -> Interval:
+        """`affine` of ``seen(x)``, see `Float.gathered`."""
+        return self.affine((seen(x[0]), seen(x[1])), matrix, shift)
 
 
 Arithmetic = Float | Exact

@@ -135,17 +135,36 @@ def _conv2d(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     mode = MODES.get(node.arguments.get("padding_mode", "zeros"))
     require(mode is not None, f"{node.name}: an unknown padding mode")
     pads = pads_of(node, kernel, dilation)
-    sides = []
-    for side in x:
-        seen = windows(padded(side, pads, str(mode), arithmetic.zero), kernel, stride, dilation)
-        batch, _, height, width = seen.shape[:4]
-        grouped = seen.reshape(batch, groups, -1, height, width, *kernel)
-        sides.append(np.moveaxis(grouped, 2, 4).reshape(batch, groups, height * width, -1))
+
+    def read(side: Array) -> Array:
+        return windows(padded(side, pads, str(mode), arithmetic.zero), kernel, stride, dilation)
+
     matrix = np.swapaxes(weight.reshape(groups, outputs // groups, -1), 1, 2)
     bias = optional(node, "bias", outputs, arithmetic.zero).reshape(groups, 1, outputs // groups)
-    lo, hi = arithmetic.affine((sides[0], sides[1]), matrix, (bias, bias))
-    shape = (batch, groups, height, width, outputs // groups)
-    lo, hi = (np.moveaxis(side.reshape(shape), 4, 2).reshape(batch, outputs, height, width) for side in (lo, hi))
+    return by_windows(arithmetic, x, read, matrix, (bias, bias))
+
+
+def by_windows(
+    arithmetic: Arithmetic, x: Interval, read: Callable[[Array], Array], matrix: Array, shift: Interval
+) -> Interval:
+    """Images whose pixels are products of what each reads: (batch, groups * outputs, out rows, out columns).
+
+    Args:
+        read: images to `windows`.
+        matrix: (groups, inputs / groups * kernel, outputs).
+        shift: broadcastable to (batch, groups, pixels, outputs).
+    """
+    batch, groups, outputs = len(x[0]), len(matrix), matrix.shape[2]
+    height, width = read(x[0][:1]).shape[2:4]
+
+    def seen(side: Array) -> Array:
+        whole = read(side)
+        grouped = whole.reshape(len(side), groups, -1, *whole.shape[2:])
+        return np.moveaxis(grouped, 2, 4).reshape(len(side), groups, height * width, -1)
+
+    lo, hi = arithmetic.gathered(x, seen, matrix, shift)
+    shape = (batch, groups, height, width, outputs)
+    lo, hi = (np.moveaxis(side.reshape(shape), 4, 2).reshape(batch, -1, height, width) for side in (lo, hi))
     return lo, hi
 
 
