@@ -52,7 +52,7 @@ DEPTH = 140
 """Cuts above one another: a checker reads no deeper trees."""
 TIE = 1e-6
 """What a unit counts that costs nothing: it is cut when nothing else is left."""
-CLIMB = Climb(steps=10, rate=0.1)
+CLIMB = Climb(steps=4, rate=0.1)
 """In every part, from the multipliers of the one that it was cut from."""
 
 
