@@ -61,7 +61,7 @@ class Climb:
         rate: of the first step, in units of the largest slope; it falls linearly to 0.
     """
 
-    steps: int = 40
+    steps: int = 25
     rate: float = 0.2
 
 
@@ -321,8 +321,9 @@ class _Settled(torch.autograd.Function):
         ctx: Any, q: Tensor, lower: Tensor, upper: Tensor, shift: Tensor, operator: Operator, settled: list[Tensor]
     ) -> Tensor:
         back = operator.solved()[0].transpose()
-        t = settled[0] = _settled(lambda t: sloped(q + _over(back, t), lower, upper) + shift, settled[0])
-        ctx.save_for_backward(q + _over(back, t), lower, upper)
+        t, y = _settled(lambda t: q + _over(back, t), lambda y: sloped(y, lower, upper) + shift, settled[0])
+        settled[0] = t
+        ctx.save_for_backward(y, lower, upper)
         ctx.operator, ctx.settled = operator, settled
         return t
 
@@ -330,22 +331,24 @@ class _Settled(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         y, lower, upper = ctx.saved_tensors
         slope, forth = torch.where(y > 0, lower, upper), ctx.operator.solved()[0]
-        m = ctx.settled[1] = _settled(lambda m: slope * (upstream + _over(forth, m)), ctx.settled[1])
-        whole = upstream + _over(forth, m)
+        m, whole = _settled(lambda m: upstream + _over(forth, m), lambda whole: slope * whole, ctx.settled[1])
+        ctx.settled[1] = m
         return m, whole * torch.relu(y), whole * y.clamp(max=0), whole, None, None
 
 
-def _settled(apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A fixed point from a good guess on, (rows, 1, *state): each row for as long as it needs, whatever others do."""
+def _settled(forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x = back(y)``, ``y = forth(x)`` from a good guess on, (rows, 1, *state): each row for as long as it needs."""
+    y = x
     moving = torch.ones_like(x[:, :1].flatten(1)[:, :1], dtype=torch.bool).view(-1, *[1] * (x.dim() - 1))
     for step in range(1, SETTLING + 1):
-        new = apply(x)
+        y = forth(x)
+        new = back(y)
         gap, size = most(new - x), most(new)
         x = torch.where(moving, new, x)
         moving = moving & (gap > SETTLED * size).view(moving.shape)
         if step % SYNC == 0 and not bool(moving.any()):
             break
-    return x
+    return x, y
 
 
 def _over(operator: Operator, rows: Tensor) -> Tensor:
