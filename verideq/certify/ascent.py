@@ -341,7 +341,7 @@ def _settled(forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
     y = x
     moving = torch.ones_like(x[:, :1].flatten(1)[:, :1], dtype=torch.bool).view(-1, *[1] * (x.dim() - 1))
     for step in range(1, SETTLING + 1):
-        y = forth(x)
+        y = torch.where(moving, forth(x), y)
         new = back(y)
         gap, size = most(new - x), most(new)
         x = torch.where(moving, new, x)
