@@ -327,9 +327,18 @@ class Tilt:
 
 
 def ascend(
-    problem: Problem, point: Point, steps: int, target: float, deadline: float = math.inf
+    problem: Problem,
+    point: Point,
+    steps: int,
+    target: float,
+    deadline: float = math.inf,
+    spent: Tensor | None = None,
 ) -> tuple[Tensor, Point]:
     """Adam on all rows at once; a row whose value passes `target` is left where it is.
+
+    Args:
+        spent: (samples,) seconds, to which is added what each took: a step is for those whose rows are open. Their
+            deadline together is that of each alone.
 
     Returns:
         the best value of every row, (rows,), and the point that has it.
@@ -343,7 +352,10 @@ def ascend(
     second = [torch.zeros_like(t) for t in now.tensors()]
     stalled = torch.zeros_like(live)
     rate = torch.full_like(best, RATE)
+    began = time.monotonic()
+    limit = math.inf if spent is None else (deadline - began) / len(spent)
     for step in range(steps):
+        working = own.sample
         safe, Q, tilt = repair(own, now)
         seen = evaluate(own, safe, Q)
         better = seen.value > best[live] + 1e-9 * best[live].abs().nan_to_num(posinf=0.0)
@@ -352,6 +364,8 @@ def ascend(
         found.put(live[rows], safe.select(rows))
         stalled = torch.where(better, 0, stalled + 1)
         open_ = best[live] <= target
+        if spent is not None:
+            open_ &= spent[own.sample] < limit
         if not bool(open_.any()) or time.monotonic() > deadline:
             break
         gradient = seen.gradient if tilt is None else tilt(own, now, safe, seen.gradient)
@@ -370,6 +384,9 @@ def ascend(
             first, second = [t[keep] for t in first], [t[keep] for t in second]
             stalled, rate = stalled[keep], rate[keep]
         _adam(own, now, gradient, first, second, rate * (1 - step / steps + 0.05), step + 1)
+        if spent is not None:
+            began, before = time.monotonic(), began
+            spent += torch.bincount(working, minlength=len(spent)) * ((began - before) / len(working))
     return best, found
 
 
@@ -485,7 +502,9 @@ def _root(prepared: Prepared, query: Query, form: Form) -> Root:
     if query.rhs is not None and not query.upper:
         goal, target = query.rhs + spare(query.rhs), 0.0
     problem = replace(problem, shift=problem.shift - goal.flatten())
-    values, point = ascend(problem, start(problem), STEPS, target, query.deadline)
+    spent = torch.zeros_like(problem.z[:, 0])
+    values, point = ascend(problem, start(problem), STEPS, target, query.deadline, spent)
+    query.pay(spent.tolist())
     return Root(prepared, query, C, problem, goal, reach, state, values, point)
 
 
