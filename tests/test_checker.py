@@ -30,7 +30,7 @@ from verideq.checker.__main__ import main
 from verideq.checker.adjoint import PULLS, inner, pull
 from verideq.checker.arithmetic import Array, Exact, Float, Interval, centred, product, total
 from verideq.checker.files import parse_blob
-from verideq.checker.network import RULES, TENSORS, read_nodes
+from verideq.checker.network import RULES, TENSORS, Node, read_nodes
 from verideq.cli.main import run
 from verideq.data import load
 from verideq.equilibrium import HARD_SIGMOID, FeedbackFusion
@@ -597,3 +597,39 @@ def test_the_root_is_a_bracket_at_every_scale() -> None:
     lo, hi = EXACT.root((values, values))
     assert (lo > 0).all() and (lo * lo <= values).all() and (values <= hi * hi).all()
     assert (hi - lo <= lo * Fraction(1, 2**190)).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 2**19])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_convolution_in_floats_holds_that_in_rationals(
+    seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verideq.checker.arithmetic.CHUNK", chunk)
+    draw = np.random.default_rng(seed)
+    groups, stride = int(draw.integers(1, 4)), tuple(draw.integers(1, 4, 2).tolist())
+    mode = ("zeros", "reflect", "replicate", "circular")[seed % 4]
+    conv = nn.Conv2d(
+        2 * groups, groups, tuple(draw.integers(1, 4, 2).tolist()), stride, tuple(draw.integers(0, 3, 2).tolist()),
+        tuple(draw.integers(1, 3, 2).tolist()), groups, padding_mode=mode, dtype=torch.float64,
+    )  # fmt: skip
+    size = float(10.0 ** draw.integers(-3, 4))
+    x = draw.standard_normal((3, 2 * groups, 6, 5)) * size
+    y = conv(torch.from_numpy(x)).detach().numpy()
+    q = draw.standard_normal(y.shape)
+    (pulled,) = torch.autograd.grad(
+        conv(start := torch.zeros(x.shape, dtype=torch.float64, requires_grad=True)), start, torch.from_numpy(q)
+    )
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    arguments = {name: list(v) if isinstance(v := getattr(conv, name), tuple) else v for name in names}
+    found = []
+    for calc in (FLOAT, EXACT):
+        tensors = {name: calc.exactly(p.detach().numpy()) for name, p in conv.named_parameters()}
+        node = Node("conv", "conv2d", ("input",), arguments, tensors)
+        wide = [tuple(calc.exactly(c + s * 1e-3 * size) for s in (-1, 1)) for c in (x, q)]
+        found.append((RULES["conv2d"](calc, node, wide[0]), PULLS["conv2d"](calc, node, wide[1], x.shape[1:])[0]))
+    for (lo, hi), (least, most), middle in zip(*found, (y, pulled.numpy()), strict=True):
+        assert lo.shape == least.shape == middle.shape
+        assert all(Fraction(a) <= b for a, b in zip(lo.ravel().tolist(), least.ravel(), strict=True))
+        assert all(Fraction(a) >= b for a, b in zip(hi.ravel().tolist(), most.ravel(), strict=True))
+        assert ((lo <= middle) & (middle <= hi)).all()
+        assert np.allclose(hi - lo, (most - least).astype(float), rtol=1e-9)

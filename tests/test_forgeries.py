@@ -756,10 +756,22 @@ def rewrite(patch: Patch, owner: Any, name: str, old: str, new: str) -> None:
     patch.setattr(owner, name, staticmethod(real) if static else real)
 
 
-def leaks_by_rounding(rows: list[list[float]], x: list[float], shift: float = 0.0) -> bool:
+def affine(calc: Any, x: Any, matrix: Any, shift: Any) -> Any:
+    """``A x + b`` by the rule of matrices."""
+    return calc.affine(x, matrix, shift)
+
+
+def bilinear(calc: Any, x: Any, matrix: Any, shift: Any) -> Any:
+    """The same by that of convolutions."""
+    return calc.bilinear(lambda A, y: y @ A, matrix, x, shift, len(matrix), 1)
+
+
+def leaks_by_rounding(
+    rows: list[list[float]], x: list[float], shift: float = 0.0, rule: Callable[..., Any] = affine
+) -> bool:
     """Whether the exact ``A x + b`` leaves its enclosure."""
     A, point = np.array(rows), np.array([x])
-    lo, hi = Float().affine((point, point), A.T, (np.full(len(A), shift),) * 2)
+    lo, hi = rule(Float(), (point, point), A.T, (np.full(len(A), shift),) * 2)
     truth = [sum(Fraction(a) * Fraction(b) for a, b in zip(row, x, strict=True)) + Fraction(shift) for row in rows]
     return any(not Fraction(float(a)) <= t <= Fraction(float(b)) for a, b, t in zip(lo[0], hi[0], truth, strict=True))
 
@@ -768,10 +780,10 @@ BIG = 2.0**53
 CANCELLING = [[BIG, 1.0, -BIG, 1.0, BIG, 1.0, -BIG], [BIG, BIG, BIG, 1.0, -BIG, -BIG, -BIG]]
 
 
-def signs_matter(calc: Any) -> bool:
+def signs_matter(calc: Any, rule: Callable[..., Any] = affine) -> bool:
     """Whether ``x - y`` on [0, 1]² is taken for less than [-1, 1]."""
     A, zero = calc.exactly(np.array([[1.0, -1.0]])), calc.exactly(np.zeros(1))
-    lo, hi = calc.affine((calc.exactly(np.zeros((1, 2))), calc.exactly(np.ones((1, 2)))), A.T, (zero, zero))
+    lo, hi = rule(calc, (calc.exactly(np.zeros((1, 2))), calc.exactly(np.ones((1, 2)))), A.T, (zero, zero))
     return not (lo[0, 0] <= -1 and hi[0, 0] >= 1)
 
 
@@ -864,13 +876,31 @@ def narrow() -> Folder:
     return edited(TINY, put("clip", point))
 
 
+def convolution_leaks() -> bool:
+    """Whether the adjoint of ``y_i = x_i + 2 x_{i+1}`` leaves its enclosure."""
+    arguments = {"kernel_size": [2, 1], "in_channels": 1, "out_channels": 1}
+    node = network.Node("n", "conv2d", ("input",), arguments, {"weight": np.array([1.0, 2.0]).reshape(1, 1, 2, 1)})
+    row = np.array([1.0, 10.0]).reshape(1, 1, 2, 1)
+    lo, hi = adjoint.PULLS["conv2d"](Float(), node, (row, row), (1, 3, 1))[0]
+    return not ((lo.ravel() <= [1, 12, 20]) & (hi.ravel() >= [1, 12, 20])).all()
+
+
 Broken = tuple[Any, str, str, str, Callable[[], bool]]
 SWAP = [[0.0, 1.0], [1.0, 0.0]]
 TWINS: dict[str, Broken] = {
     "no rounding error": (Float, "affine", "g = gamma(n)", "g = 0.0", lambda: leaks_by_rounding(CANCELLING, [1.0] * 7)),
     "no |A|": (Float, "affine", "size = np.abs(matrix)", "size = matrix", lambda: signs_matter(Float())),
     "no radius": (Float, "affine", "radius * (1 + g) + g", "0 * radius + g", lambda: signs_matter(Float())),
-    "no underflow": (Float, "affine", "8 * TINY * (n + SLACK) * largest", "0.0", underflows),
+    "no underflow": (Float, "_around", "8 * TINY * (terms + SLACK) * (2 + largest)", "0.0", underflows),
+    "no rounding error of a convolution": (Float, "bilinear", "g = gamma(terms)", "g = 0.0",
+        lambda: leaks_by_rounding(CANCELLING, [1.0] * 7, rule=bilinear)),
+    "no |A| of a convolution": (Float, "bilinear", "size = np.abs(matrix)", "size = matrix",
+        lambda: signs_matter(Float(), bilinear)),
+    "no radius of a convolution": (Float, "bilinear", "radius * (1 + g) + g", "0 * radius + g",
+        lambda: signs_matter(Float(), bilinear)),
+    "U+ for U- of a convolution": (Exact, "bilinear", "np.minimum(matrix, self.zero)", "np.maximum(matrix, self.zero)",
+        lambda: signs_matter(Exact(), bilinear)),
+    "a tap too many": (adjoint, "_conv2d", "columns[:, :, i, j]", "columns[:, :, 0, j]", convolution_leaks),
     "no error of the matrix": (Float, "affine", "if error is not None", "if False", wide_matrix_leaks),
     "no error of an exact matrix": (Exact, "affine", "if error is None", "if True", wide_exact_matrix_leaks),
     "no error of a product": (arithmetic, "product", "1), error)", "1))", wide_product_leaks),

@@ -11,20 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from verideq.checker.arithmetic import Arithmetic, Array, Interval, constant
-from verideq.checker.network import (
-    MODES,
-    Node,
-    average,
-    by_channel,
-    by_windows,
-    lines,
-    optional,
-    pads_of,
-    pair,
-    scaling,
-    windows,
-)
+from verideq.checker.arithmetic import Arithmetic, Array, Interval, constant, require
+from verideq.checker.network import MODES, Node, average, by_channel, lines, optional, pads_of, pair, scaling
 
 Pull = Callable[[Arithmetic, Node, Interval, tuple[int, ...]], tuple[Interval, Interval]]
 """``(arithmetic, node, q, shape of x) -> (Aᵀ q, q · b)``, (rows, *shape of x) and (rows,)."""
@@ -58,33 +46,29 @@ def _conv2d(calc: Arithmetic, node: Node, q: Interval, shape: tuple[int, ...]) -
     kernel = weight.shape[2:]
     pads = pads_of(node, (kernel[0], kernel[1]), dilation)
 
-    def read(side: Array) -> Array:
-        spread = _spread(calc, side, kernel, stride, dilation, (size[0] + sum(pads[:2]), size[1] + sum(pads[2:])))
-        return windows(spread, (kernel[0], kernel[1]), (1, 1), dilation)
+    height, width = size[0] + sum(pads[:2]), size[1] + sum(pads[2:])
+    pixels, taps = q[0].shape[2:], [range(0, d * k, d) for d, k in zip(dilation, kernel, strict=True)]
+    ends = [tap[-1] + s * (n - 1) for tap, s, n in zip(taps, stride, pixels, strict=True)]
+    require(ends[0] < height and ends[1] < width, f"{node.name}: rows of the shape {q[0].shape[1:]} on {shape}")
 
-    # What an output adds to an input travels back through the same tap, from the other side.
-    flipped = weight[:, :, ::-1, ::-1].reshape(groups, outputs // groups, per_group, *kernel)
-    matrix = np.moveaxis(flipped, 2, 4).reshape(groups, -1, per_group)
-    wide = by_windows(calc, q, read, matrix, constant(calc, calc.zero, 1))
+    def apply(matrix: Array, q: Array) -> Array:
+        columns = matrix @ q.reshape(len(q), groups, outputs // groups, -1)
+        columns = columns.reshape(len(q), groups * per_group, *kernel, *pixels)
+        image = np.full((len(q), groups * per_group, height, width), calc.zero, dtype=q.dtype)
+        for i, top in enumerate(taps[0]):
+            for j, left in enumerate(taps[1]):
+                rows = slice(top, top + stride[0] * (pixels[0] - 1) + 1, stride[0])
+                image[:, :, rows, left : left + stride[1] * (pixels[1] - 1) + 1 : stride[1]] += columns[:, :, i, j]
+        return image
+
+    # An output adds to every input that it read, through the tap by which it read it.
+    matrix = np.swapaxes(weight.reshape(groups, outputs // groups, -1), 1, 2)
+    terms = outputs // groups * kernel[0] * kernel[1]
+    room = groups * matrix.shape[1] * pixels[0] * pixels[1]
+    wide = calc.bilinear(apply, matrix, q, constant(calc, calc.zero, 1), terms, room)
     folded = _folded(calc, node, wide, pads)
     bias = optional(node, "bias", outputs, calc.zero).reshape(1, -1, 1, 1)
     return folded, inner(calc, q, (bias, bias)) if "bias" in node.tensors else _none(calc, q)
-
-
-def _spread(
-    calc: Arithmetic,
-    q: Array,
-    kernel: tuple[int, ...],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    size: tuple[int, int],
-) -> Array:
-    """Coefficients with gaps for the stride and a border, so that a window of the kernel sees who read a pixel."""
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    places = [slice(r, r + s * (n - 1) + 1, s) for r, s, n in zip(reach, stride, q.shape[2:], strict=True)]
-    wide = np.full((*q.shape[:2], size[0] + reach[0], size[1] + reach[1]), calc.zero, dtype=q.dtype)
-    wide[:, :, places[0], places[1]] = q
-    return wide
 
 
 def _folded(calc: Arithmetic, node: Node, q: Interval, pads: tuple[int, int, int, int]) -> Interval:

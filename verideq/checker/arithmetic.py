@@ -27,11 +27,11 @@ import numpy as np
 Array = Any
 """A numpy array of float64, or of `Fraction` objects: numpy's types cannot say so."""
 Interval = tuple[Array, Array]
-Gather = Callable[[Array], Array]
+Bilinear = Callable[[Array, Array], Array]
 
 TINY = 2.0**-1022
 CHUNK = 2**19
-"""Numbers that are gathered at a time: as many as a cache holds."""
+"""Numbers that are worked on at a time where samples come in parts: as many as a cache holds."""
 SLACK = 16
 """Roundings around a sum that are covered without counting them one by one."""
 
@@ -119,40 +119,37 @@ class Float:
         n = matrix.shape[-2]
         g = gamma(n)
         center, radius = self._ball(x)
-        size, reach = np.abs(matrix), np.abs(center) + radius
+        size = np.abs(matrix)
+        reach = np.abs(center) + radius
         moved = (radius * (1 + g) + g * np.abs(center)) @ size
         if error is not None:
             moved = moved + reach * (1 + g) @ error
             size = np.maximum(size, error)
-        return self._around(center @ matrix, moved, n, size, reach.max(-1, keepdims=True, initial=0.0), shift)
+        # By row of x, and by sample of the matrix: a sample's huge numbers, or NaN, charge no other.
+        largest = size.max((-2, -1), keepdims=True, initial=0.0) + reach.max(-1, keepdims=True, initial=0.0)
+        return self._around(center @ matrix, moved, n, largest, shift)
 
-    def gathered(self, x: Interval, seen: Gather, matrix: Array, shift: Interval) -> Interval:
-        """`affine` of ``seen(x)``, which puts every entry of `x` to places of its own sample, and zeros to others.
-
-        ``seen(x)`` is much larger than `x`, so that centres and radii are taken before, and samples come in parts.
-        """
-        n = matrix.shape[-2]
-        g = gamma(n)
-        center, radius = self._ball(x)
-        moved, size = radius * (1 + g) + g * np.abs(center), np.abs(matrix)
-        per = max(1, seen(center[:1]).size)
-        parts = [
-            slice(start, start + max(1, CHUNK // per)) for start in range(0, max(1, len(center)), max(1, CHUNK // per))
-        ]
-        images = [(seen(center[part]) @ matrix, seen(moved[part]) @ size) for part in parts]
-        image, away = (np.concatenate(sides) for sides in zip(*images, strict=True))
-        largest = (np.abs(center) + radius).reshape(len(center), -1).max(1, initial=0.0)
-        return self._around(image, away, n, size, largest.reshape(-1, *[1] * (image.ndim - 1)), shift)
-
-    def _around(self, image: Array, moved: Array, terms: int, size: Array, largest: Array, shift: Interval) -> Interval:
-        """`affine`, from the products.
+    def bilinear(self, apply: Bilinear, matrix: Array, x: Interval, shift: Interval, terms: int, room: int) -> Interval:
+        """``apply(matrix, x) + shift``: every entry a sum of at most `terms` products of an entry of either.
 
         Args:
-            size: magnitudes of the matrix, and `largest`: of each row of ``x``. By row, and by sample of the matrix: a
-                sample's huge numbers, or NaN, charge no other.
+            apply: of a matrix and samples, each sample on its own; rounded in any order.
+            room: numbers that it makes of a sample on its way: samples come in parts.
         """
-        largest = 2 + size.max((-2, -1), keepdims=True, initial=0.0) + largest
-        moved = moved * (1 + gamma(terms)) + 8 * TINY * (terms + SLACK) * largest
+        g = gamma(terms)
+        center, radius = self._ball(x)
+        moved = radius * (1 + g) + g * np.abs(center)
+        size = np.abs(matrix)
+        step = max(1, CHUNK // max(1, room))
+        parts = [slice(start, start + step) for start in range(0, max(1, len(center)), step)]
+        image = np.concatenate([apply(matrix, center[part]) for part in parts])
+        away = np.concatenate([apply(size, moved[part]) for part in parts])
+        largest = size.max(initial=0.0) + (np.abs(center) + radius).reshape(len(center), -1).max(1, initial=0.0)
+        return self._around(image, away, terms, largest.reshape(-1, *[1] * (image.ndim - 1)), shift)
+
+    def _around(self, image: Array, moved: Array, terms: int, largest: Array, shift: Interval) -> Interval:
+        """What products are a centre and a radius of; `largest`: at least the sum of their largest factors."""
+        moved = moved * (1 + gamma(terms)) + 8 * TINY * (terms + SLACK) * (2 + largest)
         image = np.where(np.isfinite(image), image, np.nan)  # an overflow on the way says nothing about the sum
         return self.add((self.down(image - moved), self.up(image + moved)), shift)
 
@@ -257,9 +254,11 @@ class Exact:
         moved = self.zero if error is None else _size(x) @ error
         return self.add((lo @ plus + hi @ minus - moved, hi @ plus + lo @ minus + moved), shift)
 
-    def gathered(self, x: Interval, seen: Gather, matrix: Array, shift: Interval) -> Interval:
-        """`affine` of ``seen(x)``, see `Float.gathered`."""
-        return self.affine((seen(x[0]), seen(x[1])), matrix, shift)
+    def bilinear(self, apply: Bilinear, matrix: Array, x: Interval, shift: Interval, terms: int, room: int) -> Interval:
+        """``apply(matrix, x) + shift``, see `Float.bilinear`."""
+        plus, minus = np.maximum(matrix, self.zero), np.minimum(matrix, self.zero)
+        lo, hi = x
+        return self.add((apply(plus, lo) + apply(minus, hi), apply(plus, hi) + apply(minus, lo)), shift)
 
 
 Arithmetic = Float | Exact

@@ -136,36 +136,19 @@ def _conv2d(arithmetic: Arithmetic, node: Node, x: Interval) -> Interval:
     require(mode is not None, f"{node.name}: an unknown padding mode")
     pads = pads_of(node, kernel, dilation)
 
-    def read(side: Array) -> Array:
-        return windows(padded(side, pads, str(mode), arithmetic.zero), kernel, stride, dilation)
+    matrix = weight.reshape(groups, outputs // groups, -1)
 
-    matrix = np.swapaxes(weight.reshape(groups, outputs // groups, -1), 1, 2)
-    bias = optional(node, "bias", outputs, arithmetic.zero).reshape(groups, 1, outputs // groups)
-    return by_windows(arithmetic, x, read, matrix, (bias, bias))
+    def apply(matrix: Array, x: Array) -> Array:
+        seen = windows(padded(x, pads, str(mode), arithmetic.zero), kernel, stride, dilation)
+        height, width = seen.shape[2:4]
+        # The pixels last, so that runs of them are copied, and not of a kernel's few columns.
+        columns = np.moveaxis(seen, (4, 5), (2, 3)).reshape(len(x), groups, matrix.shape[2], height * width)
+        return (matrix @ columns).reshape(len(x), outputs, height, width)
 
-
-def by_windows(
-    arithmetic: Arithmetic, x: Interval, read: Callable[[Array], Array], matrix: Array, shift: Interval
-) -> Interval:
-    """Images whose pixels are products of what each reads: (batch, groups * outputs, out rows, out columns).
-
-    Args:
-        read: images to `windows`.
-        matrix: (groups, inputs / groups * kernel, outputs).
-        shift: broadcastable to (batch, groups, pixels, outputs).
-    """
-    batch, groups, outputs = len(x[0]), len(matrix), matrix.shape[2]
-    height, width = read(x[0][:1]).shape[2:4]
-
-    def seen(side: Array) -> Array:
-        whole = read(side)
-        grouped = whole.reshape(len(side), groups, -1, *whole.shape[2:])
-        return np.moveaxis(grouped, 2, 4).reshape(len(side), groups, height * width, -1)
-
-    lo, hi = arithmetic.gathered(x, seen, matrix, shift)
-    shape = (batch, groups, height, width, outputs)
-    lo, hi = (np.moveaxis(side.reshape(shape), 4, 2).reshape(batch, -1, height, width) for side in (lo, hi))
-    return lo, hi
+    bias = optional(node, "bias", outputs, arithmetic.zero).reshape(outputs, 1, 1)
+    pixels = (x[0].shape[2] + sum(pads[:2])) * (x[0].shape[3] + sum(pads[2:])) // (stride[0] * stride[1] or 1)
+    room = groups * matrix.shape[2] * pixels
+    return arithmetic.bilinear(apply, matrix, x, (bias, bias), matrix.shape[2], room)
 
 
 @dataclass(frozen=True)
