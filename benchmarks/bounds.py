@@ -4,8 +4,9 @@
         [--timeout S] [--batch-size N] [--cpu] [--out NAME]
 
 Methods are run one by one on all samples that the model has right, so that their times can be compared: of each its
-seconds a sample, what it certifies, and the time of the independent checker as a share of it. `auto`, with the attack
-and checks in it, is run as `verideq certify` runs it. `--cpu` takes the time of this process for that of the clock, in
+seconds a sample, what it certifies, and the time of the independent checker as a share of it; and the same once more of
+those samples alone that no method before it has certified (`needed`). `auto`, with the attack and checks in it, is run
+as `verideq certify` runs it. `--cpu` takes the time of this process for that of the clock, in
 limits too: for a machine on which others work.
 """
 
@@ -32,16 +33,20 @@ from verideq.errors import NoGaugeError
 
 
 def measure(
-    prepared: Any, images: torch.Tensor, labels: torch.Tensor, eps: str, norm: str, method: str, size: int
-) -> dict[str, Any]:
-    """Shares and seconds of one method, `size` samples at a time."""
+    prepared: Any, images: torch.Tensor, labels: torch.Tensor, eps: str, norm: str, method: str, size: int, limit: float
+) -> tuple[dict[str, Any], set[int]]:
+    """Shares and seconds of one method, `size` samples at a time, and which it certifies."""
     region, classes = Region(images, eps, norm, prepared.graph.pixel_range), prepared.graph.classes
     C, rhs = margin_rows(labels, classes), torch.zeros(len(images), classes - 1, dtype=torch.float64)
-    payloads, decisions, proving, checking = [], [], 0.0, 0.0
+    payloads, decisions, proving, checking, proved = [], [], 0.0, 0.0, set[int]()
     for part in torch.split(torch.arange(len(images)), size):
         started = time.perf_counter()
-        bounds = run_method(prepared, region[part], C[part], method, rhs=rhs[part], upper=False, unproved=True)
+        deadline = time.monotonic() + limit * len(part)
+        bounds = run_method(
+            prepared, region[part], C[part], method, rhs=rhs[part], upper=False, unproved=True, deadline=deadline
+        )
         margins = bounds.box.lower.amin(1)
+        proved |= {int(part[i]) for i in (margins > 0).nonzero().flatten().tolist()}
         own = [
             record(prepared.checker.hash, int(part[i]), region[part], i, bounds.proof(i), label=int(labels[part[i]]),
                    C=C[part[i]].numpy(), rhs=rhs[part[i]].numpy(), margin=float(margins[i]))
@@ -50,7 +55,7 @@ def measure(
         proving, started = proving + time.perf_counter() - started, time.perf_counter()
         decisions += prepared.checker.decide(own)
         checking, payloads = checking + time.perf_counter() - started, payloads + own
-    return {
+    figures = {
         "certified": len(payloads) / len(images),
         "refused": sum(not accepted for accepted, _, _ in decisions),
         "prove_seconds": round(proving / len(images), 5),
@@ -58,6 +63,7 @@ def measure(
         "check_over_prove": round(checking / max(1, len(payloads)) / (proving / len(images)), 3),
         "record_bytes": int(np.median([len(payload) for payload in payloads])) if payloads else None,
     }
+    return figures, proved
 
 
 def main() -> None:
@@ -86,11 +92,16 @@ def main() -> None:
     }  # fmt: skip
     for eps in options.eps:
         rows: dict[str, Any] = {}
+        done: set[int] = set()
         for method in options.methods:
             try:
-                rows[method] = measure(
-                    prepared, images[right], labels[right], eps, options.norm, method, options.batch_size
-                )
+                task = eps, options.norm, method, options.batch_size, options.timeout
+                rows[method], proved = measure(prepared, images[right], labels[right], *task)
+                own, done = right[sorted(proved - done)], done | proved
+                if len(own):
+                    rows[method]["needed"] = measure(prepared, images[own], labels[own], *task)[0] | {
+                        "samples": len(own)
+                    }
             except NoGaugeError as reason:
                 rows[method] = str(reason)
         started, worked = time.perf_counter(), time.process_time()
