@@ -30,6 +30,8 @@ SLOPES = ("adaptive", "zero", "one")
 
 MOVED = 0.01
 """A round that narrows the pre-activations by a smaller share is the last, and left out."""
+WORTH = 1e-3
+"""And a unit's end that moves by less, of the unit's width: a checker would have to read why."""
 PROBE = 8
 """Units that show whether a node's can be tightened at all, where it has more than twice as many."""
 LITTLE = 1e-6
@@ -210,7 +212,8 @@ def refine(scene: Scene, name: str, steps: list[list[Step]], at_once: int) -> No
         width = torch.where(known.unstable, known.pre.width, -1.0).flatten(1)
         units = width.argsort(dim=1, descending=True, stable=True)[:, :rows]
         own_rows = torch.arange(rows, device=units.device) < counts[:, None]
-        multipliers = tighten(scene, name, torch.cat((units, -1 - units), 1), own_rows.repeat(1, 2), at_once)
+        both = torch.cat((units, -1 - units), 1)
+        multipliers, useful = tighten(scene, name, both, own_rows.repeat(1, 2), at_once)
         found = scene.relaxed[name]
         left = torch.where(found.unstable, found.pre.width, 0.0).flatten(1)
         before, after = (torch.where(own_rows, x.gather(1, units), 0.0).sum(1) for x in (width, left))
@@ -220,20 +223,22 @@ def refine(scene: Scene, name: str, steps: list[list[Step]], at_once: int) -> No
         kept = moving & ~look
         scene.relaxed[name] = found.where(kept, known)
         for i in kept.nonzero().flatten().tolist():
-            count = int(counts[i])
-            chosen = [*range(count), *range(rows, rows + count)]
-            own = {node: g[i, chosen].float().cpu().numpy() for node, g in multipliers.items()}
-            places = torch.cat((units[i, :count], -1 - units[i, :count])).cpu().numpy()
-            steps[i].append(Step(name, units=places, multipliers=own))
+            own = {node: g[i, useful[i]].float().cpu().numpy() for node, g in multipliers.items()}
+            steps[i].append(Step(name, units=both[i, useful[i]].cpu().numpy(), multipliers=own))
 
 
-def tighten(scene: Scene, name: str, units: Tensor, wanted: Tensor, at_once: int = 2**62) -> dict[str, Tensor]:
-    """Better pre-activations of a node in `scene`, by the adjoint bound of their own rows; returns the multipliers.
+def tighten(
+    scene: Scene, name: str, units: Tensor, wanted: Tensor, at_once: int = 2**62
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Better pre-activations of a node in `scene`, by the adjoint bound of their own rows.
 
     Args:
         units: (samples, rows): ``i`` for the lower end of unit ``i``, ``-1 - i`` for the upper one.
         wanted: (samples, rows) whether a row is a sample's own, and not there for its batch-mates.
         at_once: rows of all samples together that fit into memory.
+
+    Returns:
+        the multipliers, and which rows are of use, (samples, rows): those that move their end by a little at least.
     """
     size = max(1, at_once // scene.samples)
     parts = [
@@ -246,6 +251,9 @@ def tighten(scene: Scene, name: str, units: Tensor, wanted: Tensor, at_once: int
     lower = units >= 0
     places = torch.where(lower, units, -1 - units)
     flat = Box(known.pre.lower.flatten(1), known.pre.upper.flatten(1))
+    gain = ends + torch.where(lower, -flat.lower.gather(1, places), flat.upper.gather(1, places))
+    useful = gain > WORTH * flat.width.gather(1, places)
+    ends = torch.where(useful, ends, -torch.inf)
     least = torch.where(lower, ends, -torch.inf).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     most = torch.where(lower, torch.inf, -ends).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     pre = Box(
@@ -253,7 +261,7 @@ def tighten(scene: Scene, name: str, units: Tensor, wanted: Tensor, at_once: int
         flat.upper.scatter_reduce(1, places, most, "amin").view_as(known.pre.upper),
     )
     scene.relaxed[name] = known.with_pre(pre)
-    return used
+    return used, useful
 
 
 def _ends(scene: Scene, name: str, units: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
