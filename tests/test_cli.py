@@ -143,6 +143,15 @@ def certified(capsys: Capture, arguments: list[str], code: int = 0) -> dict[str,
 # --- certify ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_radius_that_is_the_whole_pixel_range_is_warned_of(digits_model: Path, here: Path, capsys: Capture) -> None:
+    arguments = [str(digits_model), "--data", "digits", "--limit", "1", "--method", "interval"]
+    assert run(["certify", *arguments, "--eps", "8", "--eps", "1/10"]) == 0
+    error = capsys.readouterr().err
+    assert "eps 8 is the whole range of a pixel, 0 to 1" in error
+    assert "write 8/255" in error
+    assert "eps 1/10" not in error
+
+
 def test_certify_writes_the_folder_and_prints_the_table(digits_model: Path, here: Path, capsys: Capture) -> None:
     assert run(["certify", str(digits_model), *QUICK, "--eps", "8/255", "--out", "out"]) == 0
     output = capsys.readouterr()

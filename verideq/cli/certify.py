@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,6 +136,14 @@ def questions_of(dataset: Dataset, path: str, chosen: list[int], network: Any, e
     check_images(images, clip)
     for e in exact:
         Region(images[:1], e, norm, clip, weights=dataset.eps_weights)
+        unweighted = norm == "linf" and dataset.eps_weights is None
+        if clip is not None and unweighted and e >= Fraction(clip[1]) - Fraction(clip[0]):
+            meant = f"; for {e} of 255 write {e}/255" if e.denominator == 1 and 1 < e < 256 else ""
+            warning = (
+                f"warning: eps {e} is the whole range of a pixel, {clip[0]:g} to {clip[1]:g}: any image is in reach"
+            )
+            console = Console(stderr=True, emoji=False, soft_wrap=True, highlight=False)
+            console.print(warning + meant, style="yellow", markup=False)
     bad = (labels >= outputs[0]).nonzero().flatten()
     if len(bad):
         index = chosen[int(bad[0])]
