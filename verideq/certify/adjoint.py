@@ -21,7 +21,7 @@ from verideq.certify.enclosure import pre_activations
 from verideq.certify.footprint import ROUNDS, WORK, Footprint
 from verideq.certify.interval import Arithmetic
 from verideq.certify.method import Bounds, Prepared, Query, boxes_of, states_of
-from verideq.clock import OutOfTime, until
+from verideq.clock import OutOfTime, tick, until
 from verideq.graph import INPUT
 from verideq.memory import fitting
 
@@ -36,6 +36,8 @@ PROBE = 8
 """Units that show whether a node's can be tightened at all, where it has more than twice as many."""
 LITTLE = 1e-6
 """The share by which they have to."""
+TOGETHER = 2**20
+"""Coefficients of rows that tighten units at a time: the clock is looked at in between."""
 ELEMENTS = 2**24
 """Coefficients that are worked on at a time, if memory allows."""
 
@@ -240,7 +242,8 @@ def tighten(
     Returns:
         the multipliers, and which rows are of use, (samples, rows): those that move their end by a little at least.
     """
-    size = max(1, at_once // scene.samples)
+    together = min(at_once, TOGETHER // scene.relaxed[name].pre.lower[0].numel())
+    size = max(1, together // scene.samples)
     parts = [
         _ends(scene, name, *part)
         for part in zip(torch.split(units, size, 1), torch.split(wanted, size, 1), strict=True)
@@ -266,6 +269,7 @@ def tighten(
 
 def _ends(scene: Scene, name: str, units: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Of units, the ends and what gives them, in float32; see `tighten`."""
+    tick()
     known = scene.relaxed[name]
     state, lower = known.pre.lower.shape[1:], units >= 0
     places = torch.where(lower, units, -1 - units)

@@ -174,9 +174,11 @@ def climbed(
     top, paths = _begun(scene, C, start)
     found, alive = dict(start), torch.arange(len(C), device=C.device)
     for step in range(climb.steps if paths else 0):
+        if time.monotonic() > deadline:
+            break
         if step % LOOK == 0:
             left = (~(top[alive] > goal)).nonzero().flatten()
-            if time.monotonic() > deadline or not len(left):
+            if not len(left):
                 break
             if len(left) < len(alive):
                 alive, scene, C, goal = alive[left], scene.select(left), C[left], goal[left]

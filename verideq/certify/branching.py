@@ -46,6 +46,8 @@ GAP = 0.01
 """The share of the gap between bound and worst known point at the root that is left then."""
 FEATURES = 10
 """Inputs with more features are not cut."""
+SLICE = 0.05
+"""The share of a sample's time that passes between two looks at the clock, about."""
 HALF = 0.5
 """The share of a sample's time after which HiGHS is asked."""
 DEPTH = 140
@@ -163,6 +165,8 @@ class Branching:
         self.stage, self.C, self.trial = stage, rows_of(stage.query, stage.scene), Trial(stage.prepared)
         self.witnesses, self.leaves = dict(stage.witnesses), Leaves(stage.scene)
         self.struck: set[int] = set()
+        self.pace = 1e-6
+        """Seconds a part."""
         self.features = stage.query.box.lower[0].numel()
         query, best = stage.query, stage.best
         free = query.upper or query.rhs is None
@@ -221,11 +225,16 @@ class Branching:
 
     def bound(self, parts: list[tuple[Search, Part]], climb: Climb) -> None:
         """Bound some parts: those of samples that have time left."""
-        for start in range(0, len(parts), self.fitting):
-            chunk = [pair for pair in parts[start : start + self.fitting] if not self.accounts.late(pair[0].sample)]
+        waiting = list(parts)
+        while waiting:
+            size = int(min(self.fitting, SLICE * self.accounts.limit / self.pace)) or 1
+            chunk = [pair for pair in waiting[:size] if not self.accounts.late(pair[0].sample)]
+            del waiting[:size]
             if chunk:
+                started = time.monotonic()
                 with self.accounts.charged([search.sample for search, _ in chunk]) as deadline, suppress(OutOfTime):
                     self._bound(chunk, climb, deadline)
+                self.pace = max((time.monotonic() - started) / len(chunk), 1e-6)
 
     def _bound(self, parts: list[tuple[Search, Part]], climb: Climb, deadline: float) -> None:
         device = self.C.device

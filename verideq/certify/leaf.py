@@ -8,6 +8,7 @@ float32 and bounded as any others are (`verideq.certify.ascent.proved`), and the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from verideq.certify.ascent import Multipliers, proved
 from verideq.certify.backward import Scene
-from verideq.certify.program import Encoding, Outcome, Program, encode, fits
+from verideq.certify.program import Encoding, Outcome, Program, cells, encode, fits
 
+LOADING = 0.5
+"""Seconds that it takes to load HiGHS, the first time, and `SECONDS_A_CELL` to multiply a network out."""
+SECONDS_A_CELL = 5e-7
 LIMIT = 40
 """Binary variables of a sample, one for every unit that is not known to be on or off: more take too long."""
 
@@ -82,7 +86,10 @@ class Leaves:
         own = scene.select(torch.tensor([place], device=row.device))
         if not self.decide or sum(int(known.unstable.sum()) for known in own.relaxed.values()) > LIMIT:
             return None
-        self.encoding = encode(self.scene) if self.encoding is None else self.encoding
+        if self.encoding is None:
+            if time.monotonic() + LOADING + SECONDS_A_CELL * cells(self.scene) > until:
+                return None
+            self.encoding = encode(self.scene)
         point = Program(self.encoding, own, 0, integer=True).least(row, until).point
         if point is None:
             return None

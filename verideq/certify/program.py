@@ -130,10 +130,14 @@ def columns_of(scene: Scene) -> dict[str, slice]:
     return places
 
 
+def cells(scene: Scene) -> int:
+    """The coefficients of the largest value."""
+    return _stop(columns_of(scene)) * max(box.lower[0].numel() for box in scene.values.values())
+
+
 def fits(scene: Scene) -> bool:
     """Whether the coefficients of every value can be held at once."""
-    largest = max(box.lower[0].numel() for box in scene.values.values())
-    return _stop(columns_of(scene)) * largest <= CELLS
+    return cells(scene) <= CELLS
 
 
 @torch.no_grad()

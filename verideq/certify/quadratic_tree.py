@@ -233,7 +233,7 @@ def _one(root: Root, deadline: float) -> Bounds | Tensor | None:
     nodes = NODES if deadline == math.inf else 10**9
     search = Search(problem, reach, stable, share(deadline, 2), nodes, look, ends.solve)
     if not search.run(starts):
-        if search.witness is None:
+        if search.witness is None and deadline < math.inf:
             search.witness = ends.broken(search.rows, deadline)
         search.until = deadline
         if search.witness is not None or not search.run([]):
