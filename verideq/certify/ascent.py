@@ -28,6 +28,7 @@ from verideq.certify.adjoint import ELEMENTS, Stage, opened, refined, rows_of, r
 from verideq.certify.backward import SYNC, Relaxed, Rule, Scene, given, most, sloped
 from verideq.certify.footprint import Footprint
 from verideq.certify.method import Bounds, Prepared, Query
+from verideq.certify.unsettled import moved
 from verideq.clock import OutOfTime
 from verideq.equilibrium import Auto, Operator
 from verideq.graph import INPUT
@@ -171,6 +172,8 @@ def climbed(
         deadline: `time.monotonic` at which to stop.
     """
     scene, goal = replace(scene, rigorous=False), goal + spare(scene, C)
+    if not all(contracts(known) for known in scene.relaxed.values()):
+        return moved(scene, C, start, goal, max(15, climb.steps) if climb.steps else 0, deadline)
     top, paths = _begun(scene, C, start)
     found, alive = dict(start), torch.arange(len(C), device=C.device)
     for step in range(climb.steps if paths else 0):
@@ -191,6 +194,16 @@ def climbed(
         for name, path in paths.items():
             path.on(slopes[name], step, climb.rate * (1 - step / climb.steps))
     return found
+
+
+def contracts(known: Relaxed) -> bool:
+    """Whether adjoint equilibria of a node settle: ``|W̃|`` shrinks what it is applied to again and again."""
+    if known.operator is None:
+        return True
+    x, absolute = torch.ones_like(known.pre.lower[:1]), known.operator.solved()[0].absolute()
+    for _ in range(50):
+        x = absolute.apply(x)
+    return bool(x.amax() < 1)
 
 
 def _begun(scene: Scene, C: Tensor, start: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, _Path]]:
