@@ -163,7 +163,7 @@ def test_the_adjoint_equilibrium_is_differentiated_exactly(fusion: nn.Module, mo
     knobs = [torch.rand(3, 1, *state, generator=draw, dtype=torch.float64) for _ in range(3)]
 
     def settled(*arguments: torch.Tensor) -> torch.Tensor:
-        return _Settled.apply(*arguments, operator, [torch.zeros_like(q), torch.zeros_like(q)])  # type: ignore[no-any-return, no-untyped-call]
+        return _Settled.apply(*arguments, operator, [torch.zeros_like(q), torch.zeros_like(q)])  # type: ignore[no-any-return, no-untyped-call]  # torch leaves it untyped
 
     def unrolled(q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         t, back = torch.zeros_like(q), operator.solved()[0].transpose()
