@@ -182,7 +182,8 @@ def scene_of(prepared: Prepared, query: Query, steps: list[list[Step]] | None = 
         elif node.operation.kind == "equilibrium":
             layer, z = prepared.layer(node.name), arithmetic.boxes.get(node.name, known[node.name])
             pre, drift = pre_activations(layer, v[0], z), arithmetic.drifts.get(node.name)
-            known_z = Relaxed(node, pre, z, layer.operator(), drift, layer.activation.ceiling)
+            settles = node.name in prepared.gauges
+            known_z = Relaxed(node, pre, z, layer.operator(), drift, layer.activation.ceiling, settles)
             relaxed[node.name] = known_z.with_pre(pre)
         if node.name in relaxed:
             if steps is not None:

@@ -28,7 +28,6 @@ from verideq.certify.adjoint import ELEMENTS, Stage, opened, refined, rows_of, r
 from verideq.certify.backward import SYNC, Relaxed, Rule, Scene, given, most, sloped
 from verideq.certify.footprint import Footprint
 from verideq.certify.method import Bounds, Prepared, Query
-from verideq.certify.unsettled import moved
 from verideq.clock import OutOfTime
 from verideq.equilibrium import Auto, Operator
 from verideq.graph import INPUT
@@ -59,11 +58,19 @@ class Climb:
 
     Args:
         steps: at most.
-        rate: of the first step, in units of the largest slope; it falls linearly to 0.
+        rate: of the first step, in units of the largest slope; it falls to 0 with this `power` of what is left.
+        smooth: see `Scene.smooth`, at the first step; it falls quadratically, to a hundredth.
     """
 
     steps: int = 25
     rate: float = 0.2
+    power: int = 1
+    smooth: float = 0.0
+
+
+FREE = Climb(steps=15, rate=0.03, power=2, smooth=0.02)
+"""Of multipliers on their own, at least so long. Hundreds of their coefficients are zero up to rounding, and which
+corner of the box a plain subgradient takes there is noise (Nesterov, *Smooth minimization of non-smooth functions*)."""
 
 
 @torch.no_grad()
@@ -172,9 +179,9 @@ def climbed(
         deadline: `time.monotonic` at which to stop.
     """
     scene, goal = replace(scene, rigorous=False), goal + spare(scene, C)
-    if not all(contracts(known) for known in scene.relaxed.values()):
-        return moved(scene, C, start, goal, max(15, climb.steps) if climb.steps else 0, deadline)
-    top, paths = _begun(scene, C, start)
+    settled = all(known.settles for known in scene.relaxed.values())
+    climb = climb if settled or not climb.steps else replace(FREE, steps=max(FREE.steps, climb.steps))
+    top, paths = _begun(scene, C, start, _Path if settled else _Free)
     found, alive = dict(start), torch.arange(len(C), device=C.device)
     for step in range(climb.steps if paths else 0):
         if time.monotonic() > deadline:
@@ -186,27 +193,20 @@ def climbed(
             if len(left) < len(alive):
                 alive, scene, C, goal = alive[left], scene.select(left), C[left], goal[left]
                 paths = {name: path.select(left) for name, path in paths.items()}
-        low, used, slopes = _slopes(scene, C, paths)
+        left_over = 1 - step / climb.steps
+        low, used, slopes = _slopes(replace(scene, smooth=climb.smooth * max(left_over**2, 0.01)), C, paths)
         better = low > top[alive]
         top[alive] = torch.where(better, low, top[alive])
         for name, g in used.items():
             found[name] = found[name].index_put((alive[better],), g[better])
         for name, path in paths.items():
-            path.on(slopes[name], step, climb.rate * (1 - step / climb.steps))
+            path.on(slopes[name], step, climb.rate * left_over**climb.power)
     return found
 
 
-def contracts(known: Relaxed) -> bool:
-    """Whether adjoint equilibria of a node settle: ``|W̃|`` shrinks what it is applied to again and again."""
-    if known.operator is None:
-        return True
-    x, absolute = torch.ones_like(known.pre.lower[:1]), known.operator.solved()[0].absolute()
-    for _ in range(50):
-        x = absolute.apply(x)
-    return bool(x.amax() < 1)
-
-
-def _begun(scene: Scene, C: Tensor, start: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, _Path]]:
+def _begun(
+    scene: Scene, C: Tensor, start: Mapping[str, Tensor], kind: type[_Path] | type[_Free]
+) -> tuple[Tensor, dict[str, _Path | _Free]]:
     """The bounds of rows by multipliers, (rows,), and the paths on which these lie, or nearly."""
     rows: dict[str, Tensor] = {}
 
@@ -215,11 +215,11 @@ def _begun(scene: Scene, C: Tensor, start: Mapping[str, Tensor]) -> tuple[Tensor
         return start[known.node.name].to(q)
 
     top, _ = scene.least({scene.output: C}, dict.fromkeys(start, rule))
-    return top[:, 0], {name: _Path(scene.relaxed[name], q, start[name].to(q)) for name, q in rows.items()}
+    return top[:, 0], {name: kind(scene.relaxed[name], q, start[name].to(q)) for name, q in rows.items()}
 
 
 def _slopes(
-    scene: Scene, C: Tensor, paths: Mapping[str, _Path]
+    scene: Scene, C: Tensor, paths: Mapping[str, _Path | _Free]
 ) -> tuple[Tensor, Mapping[str, Tensor], dict[str, list[Tensor]]]:
     """The bounds of rows, (rows,), the multipliers, and the gradients of all knobs, by node."""
     with torch.enable_grad():
@@ -237,12 +237,12 @@ class _Knob(NamedTuple):
     """What is turned at a node, (rows, 1, *state), and Adam's averages.
 
     Args:
-        at: where it stands, 0 or more.
+        at: where it stands.
         mean: of the gradients.
         square: of their squares.
         unit: of its steps, and `grid`: (rows, 1, ...). Gradients are rounded to multiples of that: without it the last
             bits of a product, which differ with the size of the batch, would grow from step to step.
-        end: how far it goes.
+        start: the least that it goes to, and `end`: the most.
     """
 
     at: Tensor
@@ -250,14 +250,15 @@ class _Knob(NamedTuple):
     square: Tensor
     unit: Tensor
     grid: Tensor
+    start: Tensor
     end: Tensor
 
     @staticmethod
-    def begin(at: Tensor, unit: Tensor, size: Tensor, end: Tensor) -> _Knob:
+    def begin(at: Tensor, unit: Tensor, size: Tensor, start: Tensor, end: Tensor) -> _Knob:
         """Before the first step; `size` and `unit`: (rows, 1), of the largest gradient and of the steps."""
         shape = (-1, *[1] * (at.dim() - 1))
         grid = torch.exp2(torch.frexp(size + TINY).exponent.to(at) - 20)
-        return _Knob(at, torch.zeros_like(at), torch.zeros_like(at), unit.view(shape), grid.view(shape), end)
+        return _Knob(at, torch.zeros_like(at), torch.zeros_like(at), unit.view(shape), grid.view(shape), start, end)
 
     def on(self, slope: Tensor, step: int, rate: float) -> _Knob:
         """One step upwards."""
@@ -267,7 +268,7 @@ class _Knob(NamedTuple):
         size = (square / (1 - SECOND ** (step + 1))).sqrt()
         size = size + FLOOR * most(size).view(self.unit.shape) + self.grid
         at = self.at.detach() + rate * self.unit * (mean / (1 - FIRST ** (step + 1)) / size)
-        at = torch.minimum(at.nan_to_num(nan=0.0).clamp(min=0), self.end)
+        at = torch.clamp(torch.where(at.isfinite(), at, 0.0), self.start, self.end)
         return self._replace(at=at, mean=mean, square=square)
 
 
@@ -300,9 +301,10 @@ class _Path:
             reach = torch.where(last > first, last - first, 1.0)
             end = (last > first).to(q).expand_as(t)
             at = torch.minimum(((slope - first) / reach).clamp(min=0), end)
-            self.knobs.append(_Knob.begin(at, torch.ones_like(size), size * most(y), end))
+            self.knobs.append(_Knob.begin(at, torch.ones_like(size), size * most(y), torch.zeros_like(end), end))
         at = (self.sign * (t - torch.where(above[:, None], y, 0.0))).clamp(min=0)
-        self.knobs.append(_Knob.begin(at, most(y), size, torch.where(self.sign == 0, 0.0, torch.inf)))
+        end = torch.where(self.sign == 0, 0.0, torch.inf)
+        self.knobs.append(_Knob.begin(at, most(y), size, torch.zeros_like(end), end))
 
     def rule(self, known: Relaxed, q: Tensor) -> Tensor:
         """The multipliers of rows."""
@@ -322,6 +324,36 @@ class _Path:
         own = copy(self)
         own.ends, own.settled = [end[part] for end in self.ends], [x[part] for x in self.settled]
         own.sign, own.knobs = self.sign[part], [_Knob(*(x[part] for x in knob)) for knob in self.knobs]
+        return own
+
+
+class _Free:
+    """Multipliers that move on their own, where no gauge says that adjoint equilibria settle.
+
+    Args:
+        known, q, g: see `_Path`.
+    """
+
+    def __init__(self, known: Relaxed, q: Tensor, g: Tensor) -> None:
+        size = torch.maximum(most(known.pre.lower[:, None]), most(known.pre.upper[:, None]))
+        # Steps need a length also where there are no multipliers yet: that of the first step towards CROWN's.
+        usual = sloped(q.view_as(g), *(side[:, None] for side in known.slopes("adaptive"))) / known.divisor()
+        unit = torch.maximum(most(g), most(usual))
+        floor, roof = (side[:, None].to(g) for side in (known.floor, known.roof))
+        self.knobs = [_Knob.begin(g, unit, size, floor, roof)]
+
+    def rule(self, known: Relaxed, q: Tensor) -> Tensor:
+        """The multipliers of rows."""
+        return self.knobs[0].at
+
+    def on(self, slopes: list[Tensor], step: int, rate: float) -> None:
+        """One step upwards."""
+        self.knobs = [knob.on(slope, step, rate) for knob, slope in zip(self.knobs, slopes, strict=True)]
+
+    def select(self, part: Tensor) -> _Free:
+        """The multipliers of some rows."""
+        own = copy(self)
+        own.knobs = [_Knob(*(x[part] for x in knob)) for knob in self.knobs]
         return own
 
 

@@ -146,6 +146,7 @@ class Relaxed:
         operator: ``W``, and ``None`` for a ReLU.
         drift: (1, *state) how far what is computed may be from ``z``; ``None`` for not at all.
         ceiling: ``κ``; infinite for none.
+        settles: whether a gauge shows that its adjoint equilibria settle, whatever the slopes.
     """
 
     node: Node
@@ -154,6 +155,7 @@ class Relaxed:
     operator: Operator | None = None
     drift: Tensor | None = None
     ceiling: float = math.inf
+    settles: bool = True
 
     @property
     def unstable(self) -> Tensor:
@@ -298,7 +300,7 @@ class Relaxed:
         upper = torch.where(self.z.upper < self.ceiling, torch.minimum(pre.upper, self.z.upper), pre.upper)
         pre = Box(lower, upper)
         z = self.z.intersect(Box(*(side.clamp(0, self.ceiling) for side in (lower, upper))))
-        return Relaxed(self.node, pre, z, self.operator, self.drift, self.ceiling)
+        return replace(self, pre=pre, z=z)
 
 
 @dataclass(frozen=True)
