@@ -14,11 +14,12 @@ from torch import nn
 from verideq import Equilibrium
 from verideq.certify import Prepared, prepare
 from verideq.certify.adjoint import adjoint_refined, first, rows_of
-from verideq.certify.ascent import Climb, _Settled, adjoint_ascent, ascended
+from verideq.certify.ascent import Climb, adjoint_ascent, ascended
 from verideq.certify.backward import Scene
 from verideq.certify.bound import margin_rows, run_method
 from verideq.certify.certificate import record
 from verideq.certify.method import Query
+from verideq.certify.paths import AdjointEquilibrium
 from verideq.checker import Checker
 from verideq.graph import INPUT
 from verideq.region import Region
@@ -151,8 +152,8 @@ def test_it_comes_close_to_the_linear_program_and_never_above_it(kind: str) -> N
 
 @pytest.mark.parametrize("fusion", [contraction(6), nn.Conv2d(2, 2, 3, padding=1, bias=False)])
 def test_the_adjoint_equilibrium_is_differentiated_exactly(fusion: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verideq.certify.ascent.SETTLED", 1e-15)
-    monkeypatch.setattr("verideq.certify.ascent.SETTLING", 500)
+    monkeypatch.setattr("verideq.certify.paths.SETTLED", 1e-15)
+    monkeypatch.setattr("verideq.certify.paths.SETTLING", 500)
     state = (6,) if isinstance(fusion, nn.Linear) else (2, 3, 3)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -163,7 +164,7 @@ def test_the_adjoint_equilibrium_is_differentiated_exactly(fusion: nn.Module, mo
     knobs = [torch.rand(3, 1, *state, generator=draw, dtype=torch.float64) for _ in range(3)]
 
     def settled(*arguments: torch.Tensor) -> torch.Tensor:
-        return _Settled.apply(*arguments, operator, [torch.zeros_like(q), torch.zeros_like(q)])  # type: ignore[no-any-return, no-untyped-call]  # torch leaves it untyped
+        return AdjointEquilibrium.apply(*arguments, operator, [torch.zeros_like(q), torch.zeros_like(q)])  # type: ignore[no-any-return, no-untyped-call]  # torch leaves it untyped
 
     def unrolled(q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         t, back = torch.zeros_like(q), operator.solved()[0].transpose()

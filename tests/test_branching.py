@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from verideq import Box, Equilibrium
 from verideq.certify import Prepared, branching, certify, prepare
 from verideq.certify.adjoint import first
-from verideq.certify.ascent import adjoint_ascent
+from verideq.certify.ascent import Trial, adjoint_ascent
 from verideq.certify.bound import margin_rows, run_method
 from verideq.certify.branching import FEATURES, Branching, branch_and_bound
 from verideq.certify.certificate import Proof, record
 from verideq.certify.method import Bounds, Query
 from verideq.checker import Checker
 from verideq.checker.files import parse_blob
+from verideq.graph import INPUT
 from verideq.region import Region
 from verideq.status import Status
 from verideq.testing.conformance import BoundMethodSuite
@@ -214,6 +215,24 @@ def test_a_sample_does_not_see_its_batch_mates(kind: str) -> None:
             assert (0 in alone.witnesses) == (i in whole.witnesses)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_highs_is_asked_for_points_half_way_through_the_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(network(kind, 0))
+    query = replace(question(prepared, 0.2, count=12), deadline=time.monotonic() + 600)
+    truth = branch_and_bound(prepared, query)
+    # Neither the ascent nor the tree may find what HiGHS is to find.
+    monkeypatch.setattr(branching, "NODES", 1)
+    monkeypatch.setattr(Trial, "worst", lambda self, scene, C, *_: (scene.values[INPUT].center, C[:, 0] * 0 + 1e9))
+    assert not branch_and_bound(prepared, query).witnesses
+    monkeypatch.setattr(branching, "HALF", 0.0)
+    found = branch_and_bound(prepared, query)
+    assert query.C is not None and truth.witnesses and set(found.witnesses) == set(truth.witnesses)
+    for i, x in found.witnesses.items():
+        assert query.region is not None and bool(query.region[i : i + 1].contains(x[None]))
+        assert bool((query.C[i] @ prepared.graph(x[None])[0] < 0).any())
+    assert bool((query.closed(truth.box.lower) | ~query.closed(found.box.lower)).all())
+
+
 def test_it_hands_back_what_it_has_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branching, "FREE_NODES", 10**6)
     monkeypatch.setattr("time.monotonic", time.process_time)  # a second of work, however busy the machine is
@@ -247,6 +266,25 @@ def test_inputs_are_cut_only_where_there_are_few() -> None:
             search.run()
         cuts = {cut[0] for tree in search.searches for part in tree.root.leaves() for cut, _ in part.cuts}
         assert "input" in cuts if wanted else "input" not in cuts
+
+
+def test_auto_names_the_first_method_that_is_enough() -> None:
+    methods = ("interval", "adjoint", "adjoint-refined", "adjoint-ascent", "branch-and-bound")
+    seen = set()
+    for kind, seed, eps in itertools.product(KINDS, range(4), (0.05, 0.15)):
+        prepared = prepare(network(kind, seed, inputs=6))
+        region = question(prepared, eps, inputs=6).region
+        assert region is not None
+        arguments = prepared, region.center, prepared.graph(region.center).argmax(1), str(eps)
+        verdicts = certify(*arguments, timeout=60)
+        each = {m: [v.certified for v in certify(*arguments, method=m, timeout=60)] for m in methods}
+        for i, verdict in enumerate(verdicts):
+            if verdict.certified:
+                assert verdict.method == next(m for m in methods if each[m][i])
+                seen.add(verdict.method)
+        # A method that was asked for is named itself, whatever was enough on the way.
+        assert {v.method for v in certify(*arguments, method="branch-and-bound", timeout=60)} == {"branch-and-bound"}
+    assert seen == set(methods)
 
 
 def test_certify_uses_its_proofs_and_its_counterexamples() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_branching import network as classifier
 from test_branching import question
@@ -36,6 +36,7 @@ class TestExact(BoundMethodSuite):
 
 @settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["linf", "linf", "linf", "l2"]))
+@example(14105, "linf")  # a ReLU before a layer without a gauge
 def test_every_method_agrees_with_the_exact_answer(seed: int, norm: str) -> None:
     assert complaints(network(seed, norm=norm)) == []
 

@@ -14,6 +14,7 @@ from verideq import Status
 from verideq.certify import certify, margin_rows, prepare
 from verideq.certify.bound import run_method
 from verideq.certify.certificate import Split
+from verideq.certify.quadratic_tree import Leaf, Search
 from verideq.checker import Checker
 from verideq.region import Region
 
@@ -64,6 +65,37 @@ def test_both_halves_of_every_split_are_proved() -> None:
                 else:
                     ends.append(tree)
             assert sorted(ends) == list(range(len(proof.cases)))
+
+
+def test_a_search_that_is_interrupted_loses_no_part_and_highs_finds_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = Search.run, 0
+
+    def interrupted(self: Search, roots: list[Leaf]) -> bool:
+        nonlocal asked
+        for leaf in roots:
+            self._add(leaf)
+        asked += bool(roots) and bool(self.open)
+        return run(self, []) if not roots or not self.open else False
+
+    proved = broken = 0
+    for seed in range(6):
+        prepared, images = prepare(monotone(seed, units=4)), samples(seed)
+        labels = prepared.graph(images).argmax(1)
+        arguments = (prepared, images, labels, EPS)
+        whole = certify(*arguments, method="branch-and-bound", timeout=60)
+        with monkeypatch.context() as patch:
+            patch.setattr(Search, "run", interrupted)
+            again = certify(*arguments, method="branch-and-bound", timeout=60)
+            patch.setattr(Search, "run", lambda self, roots: [self._add(leaf) for leaf in roots] == [])
+            only = certify(*arguments, method="branch-and-bound", timeout=60)
+        assert [v.status for v in again] == [v.status for v in whole]
+        proved += sum(v.certified and not o.certified for v, o in zip(again, only, strict=True))
+        broken += sum(v.status is Status.FALSIFIED for v in only)
+        decisions = Checker(prepared.file, prepared.certificate, exact=True).decide(
+            [v.certificate for v in again if v.certificate is not None]
+        )
+        assert all(accepted for accepted, _, _ in decisions)
+    assert asked > 10 and min(proved, broken) >= 3
 
 
 def test_the_clock_is_kept_and_nothing_is_certified_by_it() -> None:

@@ -65,7 +65,7 @@ class Stage:
     witnesses: Mapping[int, Tensor] = field(default_factory=dict)
     closer: Mapping[int, str] = field(default_factory=dict)
 
-    def closed(self, method: str) -> Stage:
+    def named(self, method: str) -> Stage:
         """The same, with the name of the method for the samples of which it leaves nothing open."""
         places = self.query.closed(self.best.lower).nonzero().flatten().tolist()
         return replace(self, closer={**dict.fromkeys(places, method), **self.closer})
@@ -124,7 +124,7 @@ def refined(prepared: Prepared, query: Query, finish: Callable[[Stage], Bounds])
     most = min(ELEMENTS // (2 * size * size), shape.samples_at_once("adjoint-refined"))
     for part, own in query.parts(left, max(1, most)):
         with suppress(OutOfTime), until(own.deadline):
-            found = found.replaced(part, finish(first(prepared, own, tightened=True).closed("adjoint-refined")))
+            found = found.replaced(part, finish(first(prepared, own, tightened=True).named("adjoint-refined")))
     return found
 
 
