@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ from torch import Tensor, nn
 from verideq import Equilibrium, Normalize, Status
 from verideq.certify import bound, certify, prepare
 from verideq.certify.bound import run_method
+from verideq.certify.method import Query
+from verideq.certify.quadratic import ascend, form_of, pose, start
 from verideq.checker import Checker
 from verideq.errors import NoGaugeError
 from verideq.parametrizations import IBPMonDEQ, MonDEQ
@@ -125,3 +131,23 @@ def test_other_networks_are_refused_by_name() -> None:
         bound(wild, region, method="quadratic")
     with pytest.raises(NoGaugeError, match="tolerance"):
         run_method(prepare(monotone(0)), region, None, "quadratic", tolerance=0.1)
+
+
+def test_a_step_is_paid_by_the_samples_whose_rows_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(monotone(3, units=5, m=0.125, size=3.0))
+    center = torch.tensor([[0.5, 0.5], [0.25, 0.75]], dtype=torch.float64)
+    region, C = Region(center, "1/5"), torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
+    query = Query(region.box(), region, C, None, upper=False)
+    problem, _, _ = pose(prepared, query, form_of(prepared, query.box.lower), C)
+    # The rows of the first sample are closed from the first step on, those of the second never.
+    problem = replace(problem, shift=torch.where(problem.sample == 0, 1e6, -1e6).double())
+    clock = itertools.count()
+    monkeypatch.setattr("verideq.certify.quadratic.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    for deadline, steps in ((math.inf, 30), (40.0, 10)):
+        clock = itertools.count()
+        spent = torch.zeros(2, dtype=torch.float64)
+        ascend(problem, start(problem), 30, 0.0, deadline, spent)
+        first, second = spent.tolist()
+        assert 0 < first <= 2 and second > steps
+        # Each has half of the time, and no more than one step beyond.
+        assert deadline == math.inf or second <= deadline / 2 + 2

@@ -14,7 +14,7 @@ from verideq import Status
 from verideq.certify import certify, margin_rows, prepare
 from verideq.certify.bound import run_method
 from verideq.certify.certificate import Split
-from verideq.certify.quadratic_tree import Leaf, Search
+from verideq.certify.quadratic_tree import Ends, Leaf, Search
 from verideq.checker import Checker
 from verideq.region import Region
 
@@ -96,6 +96,29 @@ def test_a_search_that_is_interrupted_loses_no_part_and_highs_finds_points(monke
         )
         assert all(accepted for accepted, _, _ in decisions)
     assert asked > 10 and min(proved, broken) >= 3
+
+
+def test_a_leaf_that_is_not_solved_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = Search.run, 0
+
+    def looked_at(self: Search, roots: list[Leaf]) -> bool:
+        nonlocal seen
+        waiting = {id(leaf) for leaf in roots if not leaf.value > 0} | {id(leaf) for _, _, leaf in self.open}
+        decided = run(self, roots)
+        assert decided is (not waiting) and (
+            self.witness is not None or {id(leaf) for _, _, leaf in self.open} == waiting
+        )
+        seen += len(waiting)
+        return decided
+
+    monkeypatch.setattr(Search, "run", looked_at)
+    monkeypatch.setattr(Leaf, "worst", lambda *_: -1)
+    monkeypatch.setattr(Ends, "solve", lambda *_: None)
+    for seed in range(6):
+        prepared, images = prepare(monotone(seed, units=4)), samples(seed)
+        arguments = (prepared, images, prepared.graph(images).argmax(1), EPS)
+        certify(*arguments, method="branch-and-bound", timeout=60)
+    assert seen > 10
 
 
 def test_the_clock_is_kept_and_nothing_is_certified_by_it() -> None:
