@@ -45,7 +45,7 @@ proofs: $(STAMP) ## search for counterexamples to every theorem: two minutes; do
 check: $(STAMP) ## lint, check the layout of the code, check the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict verideq
+	$(BIN)/mypy --strict verideq benchmarks examples
 
 fmt: $(STAMP) ## mend what `make check` can mend by itself
 	$(BIN)/ruff check --fix .

@@ -25,14 +25,12 @@ import json
 import statistics
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from verideq.attacks import PGD, SUITES, Problem, Square, StateEnsemble, open_model, sweep
@@ -56,7 +54,8 @@ from verideq.equilibrium.surrogates import Final, Simultaneous, Unrolled
 from verideq.graph import load_model
 from verideq.models import BUNDLED
 from verideq.region import Region
-from verideq.training.adversary import AdversarialRecipe, make_adversarial
+from verideq.training.adversary import AdversarialRecipe
+from verideq.training.kinds import read_trained
 
 EXACT = Final(Implicit(Broyden(max_steps=7)))
 
@@ -77,10 +76,10 @@ def left(margins: Tensor) -> float:
 
 def trained(folder: Path) -> tuple[DEQ, AdversarialRecipe]:
     """The model of a folder of adversarial training."""
-    recipe = make_adversarial(tomllib.loads((folder / "recipe.toml").read_text()))
-    model = recipe.build(load(recipe.data, "train"))
-    model.load_state_dict(load_file(folder / "weights.safetensors"))
-    return model.eval(), recipe
+    model = read_trained(folder)
+    if not isinstance(model, DEQ):
+        raise TypeError(f"{folder} has no general DEQ")
+    return model, AdversarialRecipe.read(folder / "recipe.toml")
 
 
 def findings(folder: Path, limit: int) -> dict[str, Any]:

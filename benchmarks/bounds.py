@@ -28,6 +28,7 @@ from verideq.certify import certify, margin_rows, prepare
 from verideq.certify.bound import METHODS, run_method
 from verideq.certify.certificate import record
 from verideq.certify.summary import REJECTED
+from verideq.checker import Verdict
 from verideq.data import load
 from verideq.errors import NoGaugeError
 
@@ -38,7 +39,9 @@ def measure(
     """Shares and seconds of one method, `size` samples at a time, and which it certifies."""
     region, classes = Region(images, eps, norm, prepared.graph.pixel_range), prepared.graph.classes
     C, rhs = margin_rows(labels, classes), torch.zeros(len(images), classes - 1, dtype=torch.float64)
-    payloads, decisions, proving, checking, proved = [], [], 0.0, 0.0, set[int]()
+    payloads: list[bytes] = []
+    decisions: list[Verdict] = []
+    proving, checking, proved = 0.0, 0.0, set[int]()
     for part in torch.split(torch.arange(len(images)), size):
         started = time.perf_counter()
         deadline = time.monotonic() + limit * len(part)

@@ -36,6 +36,7 @@ from verideq import Equilibrium, Region
 from verideq.certify import backward, margin_rows, prepare, quadratic
 from verideq.certify.ascent import Climb
 from verideq.certify.bound import run_method
+from verideq.certify.method import Query
 from verideq.models.zoo import linear_deq
 from verideq.parametrizations import MonDEQ
 
@@ -106,8 +107,8 @@ def dense(width: int, batch: int, eps: str, rounds: int) -> dict[str, Any]:
         one["adjoint, open rows floor"] = one["interval floor"] + open_.rows * a + len(many) * (a + b)
         times.append(one)
 
-    def median(of: Callable[[dict[str, float]], float]) -> float:
-        return round(statistics.median(of(t) for t in times), 3)
+    def median(of: str, over: str = "", share: int = 1) -> float:
+        return round(statistics.median(t[of] / share / (t[over] if over else 1) for t in times), 3)
 
     result: dict[str, Any] = {
         "width": width, "batch": batch, "rows": ROWS, "eps": eps, "interval_steps": round(steps, 1),
@@ -116,10 +117,10 @@ def dense(width: int, batch: int, eps: str, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
     for name in ("interval", "adjoint", "adjoint, open rows"):
         result[name] = {
-            "seconds": median(lambda t, name=name: t[name]),
-            "over_interval": median(lambda t, name=name: t[name] / t["interval"]),
-            "row_over_interval": median(lambda t, name=name: t[name] / ROWS / t["interval"]),
-            "over_floor": median(lambda t, name=name: t[name] / t[f"{name} floor"]),
+            "seconds": median(name),
+            "over_interval": median(name, "interval"),
+            "row_over_interval": median(name, "interval", ROWS),
+            "over_floor": median(name, f"{name} floor"),
         }
     return result
 
@@ -159,7 +160,7 @@ def monotone(width: int, batch: int, rounds: int) -> dict[str, Any]:
     images = torch.rand(batch, *SHAPE)
     C = margin_rows(prepared.graph(images.double()).argmax(1), CLASSES)
     region = Region(images, "1/20")
-    query = quadratic.Query(region.box(), region, C, upper=False)
+    query = Query(region.box(), region, C, upper=False)
     form = quadratic.form_of(prepared, query.box.lower)
     problem, _, _ = quadratic.pose(prepared, query, form, C)
     point, some = quadratic.start(problem), 10

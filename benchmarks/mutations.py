@@ -115,8 +115,8 @@ def _convolution() -> Folder:
 
 def _two_layers() -> Folder:
     first = Equilibrium(IBPMonDEQ.apply(nn.Linear(4, 4, bias=False), m=0.4), nn.Linear(3, 4))
-    second = Equilibrium(nn.Linear(3, 3, bias=False), nn.Linear(4, 3))
-    nn.init.constant_(second.fusion.weight, -0.3)
+    second = Equilibrium(fusion := nn.Linear(3, 3, bias=False), nn.Linear(4, 3))
+    nn.init.constant_(fusion.weight, -0.3)
     model = nn.Sequential(first, nn.ReLU(), second, nn.Linear(3, 3)).eval()
     return _made("two layers", model, torch.rand(4, 3), "1/1000")
 
@@ -149,12 +149,11 @@ def _proved(
 def _wide() -> nn.Sequential:
     """A net that intervals do not prove."""
     fusion = IBPMonDEQ.apply(nn.Linear(4, 4, bias=False), m=0.1)
-    net = nn.Sequential(Equilibrium(fusion, nn.Linear(2, 4)), nn.ReLU(), nn.Linear(4, 3)).eval()
+    injection, head = nn.Linear(2, 4), nn.Linear(4, 3)
     with torch.no_grad():
-        for module in (net[0].injection, net[2]):
-            for parameter in module.parameters():
-                parameter.mul_(2)
-    return net
+        for parameter in (*injection.parameters(), *head.parameters()):
+            parameter.mul_(2)
+    return nn.Sequential(Equilibrium(fusion, injection), nn.ReLU(), head).eval()
 
 
 def _monotone() -> nn.Sequential:

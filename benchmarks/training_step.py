@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from verideq.data import Dataset, load
@@ -109,6 +110,7 @@ def products(one: Step, other: Step) -> tuple[float, float]:
     (name, layer), *_ = one.trainer.graph.equilibria()
     shape = one.trainer.graph.shapes(one.trainer.data.scaled(slice(1)).float())[name]
     weight = layer.fusion.weight
+    assert isinstance(weight, Tensor)
     size = 2 * weight.numel() * one.trainer.batch_size
     for side in shape[1:]:
         size *= side

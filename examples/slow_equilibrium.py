@@ -20,21 +20,22 @@ from verideq.certify import certify
 QUESTION = torch.tensor([[1.0]])  # the model's only output has to be positive
 
 
-def ring(units: int) -> nn.Module:
+class Ring(nn.Sequential):
     """``105 - mean(z)``, ``z_i = relu(0.99 z_(i-1) + x)``."""
-    model = nn.Sequential(
-        Equilibrium(nn.Linear(units, units, bias=False), nn.Linear(1, units, bias=False)), nn.Linear(units, 1)
-    )
-    model.load_state_dict(
-        {
-            "0.fusion.weight": 0.99 * torch.eye(units).roll(1, 0),
-            "0.injection.weight": torch.ones(units, 1),
-            "1.weight": torch.full((1, units), -1 / units),
-            "1.bias": torch.tensor([105.0]),
-        }
-    )
-    model.pixel_range = None  # the input is no pixel: it has no valid range
-    return model
+
+    pixel_range = None  # the input is no pixel: it has no valid range
+
+    def __init__(self, units: int) -> None:
+        fusion, injection = nn.Linear(units, units, bias=False), nn.Linear(1, units, bias=False)
+        super().__init__(Equilibrium(fusion, injection), nn.Linear(units, 1))
+        self.load_state_dict(
+            {
+                "0.fusion.weight": 0.99 * torch.eye(units).roll(1, 0),
+                "0.injection.weight": torch.ones(units, 1),
+                "1.weight": torch.full((1, units), -1 / units),
+                "1.bias": torch.tensor([105.0]),
+            }
+        )
 
 
 def naive_upper_end(x: Tensor, tol: float) -> tuple[float, int]:
@@ -57,10 +58,11 @@ def main() -> None:
     region = Region(x, "0.1", clip=None)
     for units in (1, 4):
         for max_steps in (1, 1000):
-            box = bound(ring(units), region, C=QUESTION, max_steps=max_steps)
+            box = bound(Ring(units), region, C=QUESTION, max_steps=max_steps)
             ends = f"[{float(box.lower):+.4f}, {float(box.upper):+.4f}]"
             print(f"verideq, {units} unit(s), at most {max_steps} steps: margin in {ends}")
-        (verdict,) = certify(ring(units), x, None, "0.1", C=QUESTION, attack="pgd")
+        (verdict,) = certify(Ring(units), x, None, "0.1", C=QUESTION, attack="pgd")
+        assert verdict.witness is not None
         print(f"verideq, {units} unit(s): {verdict}; witness x = {float(verdict.witness[0])!r}")
 
 

@@ -207,14 +207,15 @@ def test_the_truncated_network_is_tied_layers_from_zero() -> None:
 def test_training_lowers_the_loss(loss: str, gradient: str, tmp_path: Path) -> None:
     recipe = AdversarialRecipe.make(
         SMALL
-        | {"loss": loss, "gradient": gradient, "epochs": 3, "jacobian": 0.01, "learning_rate": 0.01, "eps": "0.02"}
+        | {"loss": loss, "gradient": gradient, "epochs": 6, "jacobian": 0.01, "learning_rate": 0.01, "eps": "0.02"}
+        | {"architecture": "tanh-deq", "options": {"units": 32, "scale": 0.5}}  # it converges: both gradients are right
     )
     trainer = AdversarialTrainer(recipe, tmp_path, torch.device("cpu"))
     assert isinstance(trainer.model.gradient, Implicit if gradient == "exact" else Phantom)
     lines: list[dict[str, float]] = []
     trainer.run(report=lines.append)
     assert lines[0]["phase"] == "truncated"
-    assert lines[-1]["loss"] < lines[1]["loss"]
+    assert lines[-1]["loss"] < 0.8 * lines[1]["loss"]
 
 
 # Runs

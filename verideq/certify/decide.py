@@ -35,7 +35,7 @@ ATTACK = 0.5
 
 
 def certify(
-    model: nn.Module,
+    model: nn.Module | Prepared,
     images: Tensor,
     labels: Tensor | None,
     eps: Radius,
