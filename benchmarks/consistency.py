@@ -54,7 +54,7 @@ from verideq.certify import certify, margin_rows, prepare
 from verideq.certify.bound import run_method
 from verideq.data import load
 from verideq.equilibrium import Implicit, Phantom
-from verideq.equilibrium.surrogates import Final, Simultaneous, Unrolled
+from verideq.equilibrium.surrogates import Final, Simultaneous, Through, Unrolled
 from verideq.models import BUNDLED
 from verideq.models.zoo import PARAMETRIZATIONS
 from verideq.training import Trainer
@@ -68,6 +68,7 @@ CRAFTED = Suite(
         Stage(PGD(20, 1)),
         Stage(READY_MADE, Unrolled(STATES, 1, 1.0)),
         Stage(READY_MADE, Simultaneous(STATES)),
+        Stage(READY_MADE, Through(STATES)),
         Stage(Square(200)),
     ),
     prune=False,
@@ -80,7 +81,7 @@ THIN = Suite(
         *(Stage(READY_MADE, surrogate) for surrogate in (Final(Phantom(5, 0.5)), Unrolled(STATES, 1, 1.0))),
         *(Stage(READY_MADE, Simultaneous(states)) for states in (STATES, (1,), (4,), (8,))),
         *sweep((1, 3, 8), (1, 5, 9)),
-        Stage(APGD("ce", 25), Unrolled(STATES, 1, 1.0)),
+        *(Stage(APGD("ce", 25), surrogate) for surrogate in (Unrolled(STATES, 1, 1.0), Through((8,), 1))),
     ),
 )
 """Every kind of attack of `full` by every kind of gradient, in a twentieth of its time."""

@@ -13,7 +13,7 @@ from verideq.attacks.opened import GraphDynamics, PlainDynamics, open_model
 from verideq.equilibrium import DEQ, Anderson, Auto, Broyden, Dynamics, Equilibrium, Implicit, Phantom, Picard, path
 from verideq.equilibrium.broyden import broyden
 from verideq.equilibrium.dynamics import TRACK
-from verideq.equilibrium.surrogates import Final, Simultaneous, Slope, Surrogate, Unrolled
+from verideq.equilibrium.surrogates import Final, Simultaneous, Slope, Surrogate, Through, Unrolled
 from verideq.errors import InputError
 from verideq.models.zoo import conv_deq, linear_deq
 from verideq.parametrizations import RowGauge
@@ -89,6 +89,8 @@ def unrolled_gradient(dynamics: Dynamics, x: Tensor, steps: int = 400) -> Slope:
         Simultaneous((60,), 1.0),
         Simultaneous((120,), 0.5),
         Simultaneous((250,), 1.0),
+        Through((40,)),
+        Through((39, 40), 1),
     ],
     ids=lambda s: s.name,
 )
@@ -250,8 +252,32 @@ def test_an_unconverged_exact_gradient_is_not_that_of_the_outputs() -> None:
     torch.testing.assert_close(exact, unrolled_gradient(converged, x).gradient, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("states", "steps"), [((1,), 0), ((4,), 0), ((5,), 1), ((1, 2, 3, 4), 0)])
+def test_through_the_solver_it_is_the_gradient_of_an_unconverged_state(states: tuple[int, ...], steps: int) -> None:
+    model, x = general(Implicit(Broyden(max_steps=7)), gain=4.0), inputs(5)
+
+    def losses(at: Tensor) -> Tensor:
+        injected = model.inject(at)
+        every = path(model, injected, steps=max(states))
+        z = every.states[[n - 1 for n in states]].mean(0)
+        for _ in range(steps):
+            z = model.step(z, injected)
+        return entropy(model.head(z, injected))
+
+    with torch.no_grad():
+        residual = path(model, model.inject(x), steps=max(states)).residuals[-1]
+        shift = 1e-6 * torch.eye(5).double()
+        differences = torch.stack([(losses(x + d) - losses(x - d)) / 2e-6 for d in shift], 1)
+    found = Through(states, steps).slope(model, x, entropy)
+    assert float(residual.min()) > 0.05
+    torch.testing.assert_close(found.losses, losses(x).detach())
+    torch.testing.assert_close(found.gradient, differences, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", OPENED)
-@pytest.mark.parametrize("surrogate", [Final(), Unrolled((3,), 2), Simultaneous((3,))], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "surrogate", [Final(), Unrolled((3,), 2), Simultaneous((3,)), Through((2, 3), 1)], ids=lambda s: s.name
+)
 def test_no_sample_sees_another(kind: str, surrogate: Surrogate) -> None:
     build, shape = OPENED[kind]
     dynamics, x = build(), inputs(*shape)
@@ -291,6 +317,8 @@ def test_opening_is_the_model() -> None:
         lambda: Unrolled((1,), 1, 0.0),
         lambda: Simultaneous((0,)),
         lambda: Simultaneous((1,), 2.0),
+        lambda: Through((0,)),
+        lambda: Through((1,), -1),
     ],
 )
 def test_impossible_surrogates_are_refused(build: object) -> None:

@@ -248,7 +248,7 @@ def test_masked_gradients_are_reported() -> None:
     (square,) = warnings_of(["Square-5000 at final"] + [None] * 39, [False] * 40, [1.0] * 40, [0.5] * 40)
     assert "Square" in square
     (hidden,) = warnings_of(["PGD-10 at unrolled z1 k=1 λ=1"] + [None] * 39, [False] * 40, [1.0] * 40, [0.5] * 40)
-    assert "the solver hides gradients" in hidden
+    assert "it hides gradients" in hidden
     (steps,) = warnings_of([None] * 40, [False] * 40, [1.0] * 40, [1.0] * 40)
     assert "more steps do not help" in steps
     assert warnings_of([], [], [], []) == []

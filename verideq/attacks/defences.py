@@ -11,16 +11,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from verideq.attacks.ball import Ball
 from verideq.attacks.problem import Problem
 from verideq.attacks.suites import READY_MADE, STATES, Suite
 from verideq.equilibrium import Broyden, Solver
 from verideq.equilibrium.broyden import Inverse
 from verideq.equilibrium.dynamics import TRACK, Dynamics, path
 from verideq.errors import InputError, UnknownName
+from verideq.region import check_norm
 
 
 class Defence(ABC):
@@ -30,6 +33,16 @@ class Defence(ABC):
     @abstractmethod
     def name(self) -> str:
         """On the command line."""
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The states before the final one that it reads: an attack that knows the defence looks at them."""
+        return ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its name and what it was made with, as JSON has it."""
+        return {"name": self.name} | {key: value for key, value in vars(self).items() if key != "track"}
 
     @abstractmethod
     def outputs(self, dynamics: Dynamics, x: Tensor) -> Tensor:
@@ -68,6 +81,10 @@ class EarlyState(Defence):
     def name(self) -> str:
         return f"early:{self.state}"
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.state,)
+
     @torch.no_grad()
     def outputs(self, dynamics: Dynamics, x: Tensor) -> Tensor:
         injected = dynamics.inject(x)
@@ -90,6 +107,10 @@ class StateEnsemble(Defence):
     def name(self) -> str:
         return "ensemble"
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return tuple(range(1, self.states + 1))
+
     @torch.no_grad()
     def outputs(self, dynamics: Dynamics, x: Tensor) -> Tensor:
         injected = dynamics.inject(x)
@@ -107,16 +128,17 @@ class EntropyReduction(Defence):
         x <- x - β sign ∇_x H(head(f(z; x)))
 
     within `radius` of the input that was received, then the state again from the one before it. The sign is that of
-    the authors' code; equation 8 prints the gradient itself. Their code patches Broyden's last pair instead of solving
-    again.
+    the authors' code; equation 8 prints the gradient itself. For l2 it is the gradient over its length. Their code
+    patches Broyden's last pair instead of solving again.
 
     Args:
         beta: ``β``, in pixel units.
         updates: ``R``.
         every: ``T_f``.
-        radius: l_inf, in pixel units.
+        radius: in pixel units.
         states: ``N``.
         clip: the pixel range, or ``None``.
+        norm: of the radius and of a step, ``linf`` or ``l2``.
         track: the forward path.
     """
 
@@ -126,9 +148,11 @@ class EntropyReduction(Defence):
     radius: float = 8 / 255
     states: int = STATES
     clip: tuple[float, float] | None = (0.0, 1.0)
+    norm: str = "linf"
     track: Solver = field(default=TRACK, repr=False)
 
     def __post_init__(self) -> None:
+        check_norm(self.norm)
         if min(self.updates, self.every, self.states) < 1 or not (self.beta > 0 and self.radius >= 0):
             raise InputError(
                 "entropy reduction takes 1 or more updates and states, a positive step and a radius of 0 or more; got "
@@ -170,15 +194,14 @@ class EntropyReduction(Defence):
         return torch.stack(states), injected
 
     def _reduce(self, dynamics: Dynamics, now: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        ball = Ball(self.radius, self.norm, self.clip)
         for _ in range(self.updates):
             with torch.enable_grad():
                 at = now.detach().requires_grad_()
                 injected = dynamics.inject(at)
                 high = entropy(dynamics.head(dynamics.step(z, injected), injected)).sum()
                 (gradient,) = torch.autograd.grad(high, at)
-            now = now - self.beta * gradient.nan_to_num(0.0, 0.0, 0.0).sign()
-            now = torch.minimum(torch.maximum(now, x - self.radius), x + self.radius)
-            now = now if self.clip is None else now.clamp(*self.clip)
+            now = ball.project(now - self.beta * ball.direction(gradient.nan_to_num(0.0, 0.0, 0.0)), x)
         return now
 
 
@@ -224,7 +247,9 @@ def entropies(clean: Tensor, attacked: Tensor) -> Entropies:
     return Entropies(float((clean < attacked).double().mean()), float((clean - attacked).mean()))
 
 
-def choose_early(problem: Problem, labels: Tensor, states: int = STATES, track: Solver = TRACK) -> EarlyState:
+def choose_early(
+    problem: Problem, labels: Tensor, states: int = STATES, track: Solver = TRACK, batch_size: int = 64
+) -> EarlyState:
     """The early state with the highest accuracy under the ready-made PGD-10, which attacks the final state.
 
     Args:
@@ -232,12 +257,14 @@ def choose_early(problem: Problem, labels: Tensor, states: int = STATES, track: 
         labels: (batch,).
         states: how many to choose from; the first of equals.
         track: the forward path.
+        batch_size: samples at a time.
     """
-    points = READY_MADE.search(replace(problem, decide=None)).points
-    right = [
-        int((EarlyState(n, track).outputs(problem.dynamics, points).argmax(1) == labels.to(points.device)).sum())
-        for n in range(1, states + 1)
-    ]
+    right = [0] * states
+    for rows in torch.split(torch.arange(len(problem)), batch_size):
+        points = READY_MADE.search(replace(problem[rows], decide=None)).points
+        for n in range(states):
+            outputs = EarlyState(n + 1, track).outputs(problem.dynamics, points)
+            right[n] += int((outputs.argmax(1) == labels[rows].to(points.device)).sum())
     return EarlyState(right.index(max(right)) + 1, track)
 
 
@@ -268,12 +295,13 @@ def transfer(problem: Problem, defences: Sequence[Defence], suite: Suite) -> dic
     return table
 
 
-def defence_named(name: str, *, radius: float, clip: tuple[float, float] | None) -> Defence:
+def defence_named(name: str, *, radius: float, clip: tuple[float, float] | None, norm: str = "linf") -> Defence:
     """A defence by its name: ``final``, ``early:N``, ``ensemble``, ``entropy``.
 
     Args:
         radius: of the attack, which entropy reduction takes for its own.
         clip: the pixel range.
+        norm: of the attack, likewise.
 
     Raises:
         UnknownName: another name.
@@ -284,7 +312,7 @@ def defence_named(name: str, *, radius: float, clip: tuple[float, float] | None)
     simple: dict[str, Defence] = {
         "final": FinalState(),
         "ensemble": StateEnsemble(),
-        "entropy": EntropyReduction(beta=max(radius, 1e-9) / 4, radius=radius, clip=clip),
+        "entropy": EntropyReduction(beta=max(radius, 1e-9) / 4, radius=radius, clip=clip, norm=norm),
     }
     if name not in simple:
         raise UnknownName("defence", name, ("final", "early", "early:N", "ensemble", "entropy"))

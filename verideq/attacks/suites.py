@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from verideq.attacks.problem import Attack, Found, Problem
 from verideq.attacks.square import Square
 from verideq.equilibrium import Phantom, Solver
 from verideq.equilibrium.dynamics import TRACK, Dynamics
-from verideq.equilibrium.surrogates import Final, Simultaneous, Surrogate, Unrolled
+from verideq.equilibrium.surrogates import Final, Simultaneous, Surrogate, Through, Unrolled
 from verideq.region import Region
 
 READY_MADE = PGD(10, 1, 0.25, decay=False, plain=True)
@@ -25,6 +27,9 @@ STATES = 8
 """States along the forward pass that are attacked."""
 STRONGEST = ((3, 5, 0.5), (1, 1, 1.0), (3, 4, 0.5), (4, 5, 0.5))
 """``(n, k, λ)`` that the papers found strongest; they go first, so that what they break is left out of the rest."""
+
+WHOLE = (Through((STATES,)), Through((STATES,), 1), Unrolled((0,), STATES, 1.0))
+"""The whole forward pass, differentiated: as Broyden takes it, and as plain steps from zero."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Report:
     Args:
         points: (batch, *features), the pointwise worst over all attacks run.
         margins: (batch,), of what decides, at these points.
-        first: (batch,), after the first stage.
+        first: (batch,), after the first stage; NaN where no other was tried.
         by: (batch,), the number of the stage that found the point.
         blind: (batch,), whether no stage that asked for gradients met one.
         tried: stage by stage.
@@ -88,6 +93,27 @@ class Report:
     def name(self, sample: int) -> str:
         """The stage that found a sample's point."""
         return self.tried[int(self.by[sample])].name
+
+    def account(self, sample: int) -> dict[str, Any]:
+        """What a verdict says of it: `attack`, `attack_margin`, `first_margin`, `blind`."""
+        return {
+            "attack": self.name(sample) if self.tried else None,
+            "attack_margin": _finite(self.margins[sample]),
+            "first_margin": _finite(self.first[sample]),
+            "blind": bool(self.blind[sample]),
+        }
+
+    def replaced(self, at: Tensor, other: Report, rows: Tensor, margins: Tensor) -> Report:
+        """With some rows of another run of the same suite.
+
+        Args:
+            at: (some,) the samples that these are here.
+            rows: (others,) which of the other's, bool.
+            margins: (others,) of its points.
+        """
+        points, worst, by = self.points.clone(), self.margins.clone(), self.by.clone()
+        points[at], worst[at], by[at.cpu()] = other.points[rows], margins[rows], other.by[rows.cpu()]
+        return replace(self, points=points, margins=worst, by=by, tried=max(self.tried, other.tried, key=len))
 
 
 @dataclass(frozen=True)
@@ -111,6 +137,7 @@ class Suite:
         first = worst.margins
         by = torch.zeros(len(problem), dtype=torch.long)
         blind = torch.ones(len(problem), dtype=torch.bool, device=worst.margins.device)
+        further = torch.zeros_like(blind)
         everyone = torch.arange(len(problem), device=worst.margins.device)
         tried: list[Tried] = []
         for number, stage in enumerate(self._distinct(problem.dynamics)):
@@ -120,12 +147,31 @@ class Suite:
             part = replace(problem[active], surrogate=stage.surrogate, stream=number << 32)
             found = stage.attack.search(part)
             by[active[found.margins < worst.margins[active]].cpu()] = number
+            if number > 0:
+                further[active] = True
             worst.note(found.points, found.margins, active)
             if found.vanished is not None:
                 blind[active] &= found.vanished
             tried.append(Tried(stage.name, active, found))
             first = worst.margins.clone() if number == 0 else first
+        first = torch.where(further, first, torch.nan)
         return Report(worst.points, worst.margins, first, by, blind, tuple(tried))
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether it asks for gradients of a solver's states, and so for an equilibrium."""
+        return any(not isinstance(stage.surrogate, Final) for stage in self.stages)
+
+    def looking_at(self, states: Sequence[int]) -> Suite:
+        """The same, and each attack by gradient at these states too, which a defence reads; none: as it is."""
+        if not states:
+            return self
+        stages: list[Stage] = []
+        for stage in self.stages:
+            stages.append(stage)
+            if isinstance(stage.surrogate, Final) and not isinstance(stage.attack, Square):
+                stages.append(Stage(stage.attack, Through(tuple(states))))
+        return replace(self, stages=tuple(stages))
 
     def __call__(
         self,
@@ -139,9 +185,23 @@ class Suite:
         stop: Callable[[], bool] = lambda: False,
     ) -> tuple[Tensor, Tensor]:
         """The pointwise worst points and margins, as `PGD` returns them."""
-        dynamics = open_model(model, device=region.center.device)
-        report = self.run(Problem(dynamics, region, C, rhs, indices, seed=seed, stop=stop))
+        report = self.report(model, region, C, rhs, indices=indices, seed=seed, stop=stop)
         return report.points, report.margins
+
+    def report(
+        self,
+        model: nn.Module,
+        region: Region,
+        C: Tensor,
+        rhs: Tensor,
+        *,
+        indices: Tensor,
+        seed: int = 0,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Report:
+        """The same with all that is known of it."""
+        dynamics = open_model(model, device=region.center.device)
+        return self.run(Problem(dynamics, region, C, rhs, indices, seed=seed, stop=stop))
 
     def follow(
         self,
@@ -168,6 +228,11 @@ class Suite:
         return tuple({stage.attack.name: Stage(stage.attack) for stage in self.stages}.values())
 
 
+def _finite(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
 def sweep(
     states: Iterable[int] = range(1, STATES + 1),
     steps: Iterable[int] = range(1, 10),
@@ -189,6 +254,7 @@ def _intermediate() -> tuple[Stage, ...]:
     every = tuple(range(1, STATES + 1))
     return (
         Stage(PGD()),
+        *(Stage(READY_MADE, surrogate) for surrogate in WHOLE),
         Stage(READY_MADE, Final(Phantom(5, 0.5))),
         Stage(READY_MADE, Unrolled(every, 1, 1.0)),
         Stage(READY_MADE, Simultaneous(every)),
@@ -196,28 +262,32 @@ def _intermediate() -> tuple[Stage, ...]:
         *sweep(),
         Stage(APGD("ce"), Unrolled(every, 1, 1.0)),
         Stage(APGD("ce"), Simultaneous(every)),
+        *(Stage(APGD("ce"), surrogate) for surrogate in WHOLE),
     )
 
 
 def _full() -> tuple[Stage, ...]:
     adaptive = (APGD("ce"), APGD("t"))
+    _, *ready_made, square = _standard()
     return (
         *_intermediate(),
-        *_standard()[1:],
+        *ready_made,
         Stage(APGD("ce"), Final(Phantom(5, 0.5))),
         *(Stage(attack, Unrolled((n,), k, damping)) for n, k, damping in STRONGEST for attack in adaptive),
+        *(Stage(APGD("t"), surrogate) for surrogate in WHOLE),
+        square,  # last: what it breaks, every attack by gradient had left
     )
 
 
 def warnings_of(
-    broken_by: Sequence[str | None], blind: Sequence[bool], first: Sequence[float], last: Sequence[float]
+    broken_by: Sequence[str | None], blind: Sequence[bool], first: Sequence[float | None], last: Sequence[float]
 ) -> list[str]:
     """What speaks against believing that a model is robust because attacks fail (Athalye et al., ICML 2018).
 
     Args:
         broken_by: for every attacked sample the stage that broke it, or ``None``.
         blind: whether no gradient was met on it.
-        first: its margin after the first stage.
+        first: its margin after the first stage; ``None`` if no other was tried on it.
         last: after all of them.
     """
     count, found = len(broken_by), []
@@ -231,13 +301,14 @@ def warnings_of(
             f"Square, which needs no gradient, broke {by_search} of {count} samples that every attack by gradient had "
             "left: the gradients are masked, and there may be more to break"
         )
-    hidden = sum(name is not None and (" at unrolled" in name or " at simultaneous" in name) for name in broken_by)
+    inside = (" at through", " at unrolled", " at simultaneous")
+    hidden = sum(name is not None and any(kind in name for kind in inside) for name in broken_by)
     if hidden > 0.002 * count:
         found.append(
-            f"gradients at intermediate states broke {hidden} of {count} samples that those at the final state had "
-            "left: the solver hides gradients"
+            f"gradients that look into the solver broke {hidden} of {count} samples that those of the final state had "
+            "left: it hides gradients"
         )
-    survived = [(a, b) for a, b in zip(first, last, strict=True) if a >= 0]
+    survived = [(a, b) for a, b in zip(first, last, strict=True) if a is not None and a >= 0]
     helped = sum(b < a - 1e-6 * (1 + abs(a)) for a, b in survived)
     if len(survived) >= 20 and helped < 0.05 * len(survived):
         found.append(

@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from verideq.attacks.defences import Deciding, Defence, FinalState, entropies, entropy, entropy_curve
 from verideq.attacks.opened import GraphDynamics, is_opaque, open_model
 from verideq.attacks.problem import Problem
-from verideq.attacks.suites import SUITES, Report, warnings_of
+from verideq.attacks.suites import SUITES, Report
 from verideq.box import Box
 from verideq.certify.bound import margin_rows, run_method
 from verideq.certify.corruption import Predictions, corrupted_predictions, summarise_corruptions
@@ -45,18 +44,10 @@ class Outcome(Verdict):
     """A verdict with what the attacks were like on the sample.
 
     Args:
-        attack: the attack that found the worst point.
-        attack_margin: the smallest margin that was found, as the attacked copy computes it.
-        first_margin: that of the first attack.
-        blind: no attack met a gradient.
         entropies: of the prediction along the forward pass, for the input and for the worst point.
         corrupted: predictions under natural corruptions; the same at every eps.
     """
 
-    attack: str | None = None
-    attack_margin: float | None = None
-    first_margin: float | None = None
-    blind: bool = False
     entropies: tuple[list[float], list[float]] | None = None
     corrupted: Predictions | None = None
 
@@ -66,7 +57,6 @@ class _Prepared:
     """What every chunk shares."""
 
     dynamics: Dynamics
-    decide: Deciding | None
     prepared: Prepared | None
 
 
@@ -75,12 +65,12 @@ class AttackRun(Run):
     """A run of a suite against a model, or against a defence of it.
 
     Args:
-        defence: what decides; the others are those of `Run`, of whose budget `attack` and `seed` are read.
+        defences: what decides, one an eps; the others are those of `Run`, of whose budget `attack` and `seed` are read.
         corruptions: by name, natural ones that every sample is tried under besides.
         training: the recipe that made the model, without its seed, and the seed; ``None`` where that is not known.
     """
 
-    defence: Defence = field(default_factory=FinalState)
+    defences: Sequence[Defence] = ()
     corruptions: Sequence[str] = ()
     training: Mapping[str, Any] | None = None
 
@@ -89,7 +79,12 @@ class AttackRun(Run):
         return (*IDENTITY, *EXTRA)
 
     def meta(self) -> dict[str, Any]:
-        own = {"defence": self.defence.name, "corruptions": list(self.corruptions), "training": self.training}
+        own = {
+            "defence": ", ".join(dict.fromkeys(defence.name for defence in self.defences)),
+            "defence_settings": [defence.settings for defence in self.defences],
+            "corruptions": list(self.corruptions),
+            "training": self.training,
+        }
         return super().meta() | {"method": "none", "check": False, **own}
 
     @property
@@ -101,47 +96,48 @@ class AttackRun(Run):
         return general_hash(self.model) if self._general else model_hash(self.model)
 
     def _prepare(self) -> _Prepared:
-        dynamics = open_model(self.model, device=self.device)
-        decide = None if isinstance(self.defence, FinalState) else Deciding(self.defence, dynamics)
-        provable = decide is None and not self._general
-        return _Prepared(dynamics, decide, prepare(self.model, self.device) if provable else None)
+        provable = not self._general and all(isinstance(defence, FinalState) for defence in self.defences)
+        prepared = prepare(self.model, self.device) if provable else None
+        return _Prepared(open_model(self.model, device=self.device), prepared)
 
     def _work(self, prepared: Any, chunk: range) -> list[tuple[int, Verdict]]:
         q, rows = self.questions, slice(chunk.start, chunk.stop)
         images, labels = q.images[rows].to(self.device), q.labels[rows].to(self.device)
         weights = None if q.weights is None else q.weights.to(self.device)
-        corrupted = self._corrupted(prepared, images, q.indices[rows])
+        corrupted = self._corrupted(prepared, self.defences[0], images, q.indices[rows])
         found: list[tuple[int, Verdict]] = []
-        for eps in q.eps:
+        for eps, defence in zip(q.eps, self.defences, strict=True):
             region = Region(images, eps, q.norm, q.clip, weights=weights)
-            outcomes = self._attack(prepared, region, labels, q.indices[rows])
+            outcomes = self._attack(prepared, defence, region, labels, q.indices[rows])
             told = [_told(outcome, own) for outcome, own in zip(outcomes, corrupted, strict=True)]
             found += zip(q.indices[rows], told, strict=True)
         return found
 
     def _corrupted(
-        self, prepared: _Prepared, images: Tensor, indices: list[int]
+        self, prepared: _Prepared, defence: Defence, images: Tensor, indices: list[int]
     ) -> list[Predictions | Exception | None]:
         """The predictions under corruptions of a chunk, or what one sample's raised; `None`: none was asked for."""
         if not self.corruptions:
             return [None] * len(indices)
         try:
-            outputs = partial(self._own, prepared)
+            outputs = partial(self._own, prepared, defence)
             return [*corrupted_predictions(outputs, images, indices, self.corruptions, self.budget.seed)]
         except Exception as error:
             if len(indices) == 1:
                 return [error]
             halves = (slice(0, len(indices) // 2), slice(len(indices) // 2, None))
-            return [own for h in halves for own in self._corrupted(prepared, images[h], indices[h])]
+            return [own for h in halves for own in self._corrupted(prepared, defence, images[h], indices[h])]
 
-    def _attack(self, prepared: _Prepared, region: Region, labels: Tensor, indices: list[int]) -> list[Outcome]:
+    def _attack(
+        self, prepared: _Prepared, defence: Defence, region: Region, labels: Tensor, indices: list[int]
+    ) -> list[Outcome]:
         """The outcomes of one chunk at one radius; an exception costs only the samples that raise it."""
         try:
-            return self._attack_all(prepared, region, labels, indices)
+            return self._attack_all(prepared, defence, region, labels, indices)
         except Exception as error:
             if len(labels) > 1:
                 halves = (slice(0, len(labels) // 2), slice(len(labels) // 2, None))
-                return [v for h in halves for v in self._attack(prepared, region[h], labels[h], indices[h])]
+                return [v for h in halves for v in self._attack(prepared, defence, region[h], labels[h], indices[h])]
             return [
                 Outcome(
                     Status.ERROR, None, region.eps, region.norm, "none", False, f"{type(error).__name__}: {error}", 0.0,
@@ -149,12 +145,14 @@ class AttackRun(Run):
                 )
             ]  # fmt: skip
 
-    def _attack_all(self, prepared: _Prepared, region: Region, labels: Tensor, indices: list[int]) -> list[Outcome]:
+    def _attack_all(
+        self, prepared: _Prepared, defence: Defence, region: Region, labels: Tensor, indices: list[int]
+    ) -> list[Outcome]:
         started = time.monotonic()
-        predictions = self._own(prepared, region.center).argmax(1)
+        outputs = self._own(prepared, defence, region.center)
+        predictions = outputs.argmax(1)
         right = (predictions == labels).nonzero().flatten()
-        classes = self._own(prepared, region.center[:1]).shape[1]
-        C = margin_rows(labels, classes)
+        C = margin_rows(labels, outputs.shape[1])
         rhs = torch.zeros(C.shape[:2], dtype=C.dtype, device=C.device)
         whole = Problem(
             prepared.dynamics,
@@ -162,13 +160,13 @@ class AttackRun(Run):
             C,
             rhs,
             torch.tensor(indices),
-            decide=prepared.decide,
+            decide=None if isinstance(defence, FinalState) else Deciding(defence, prepared.dynamics),
             seed=self.budget.seed,
         )
         found: dict[int, dict[str, Any]] = {}
         if len(right):
-            report = SUITES[self.budget.attack].run(whole[right])
-            found = self._judge(prepared, whole[right], report, labels[right], right.tolist())
+            report, broken = self._search(prepared, defence, whole[right], labels[right])
+            found = self._judge(prepared, whole[right], report, broken, right.tolist())
         seconds = (time.monotonic() - started) / len(labels)
         wrong = {"status": Status.MISCLASSIFIED, "reason": "the model is wrong on the input itself"}
         return [
@@ -179,13 +177,37 @@ class AttackRun(Run):
             for i in range(len(labels))
         ]  # fmt: skip
 
+    @property
+    def _with_account(self) -> bool:
+        return True
+
+    def _search(self, prepared: _Prepared, defence: Defence, part: Problem, labels: Tensor) -> tuple[Report, Tensor]:
+        """What the suite finds, and which samples, (batch,), that breaks as the model runs.
+
+        A point that breaks the float64 copy by less than the model's own dtype is off may leave the model itself right:
+        of such a sample it is asked once more, and for a margin that makes up for several times as much.
+        """
+        suite = SUITES[self.budget.attack].looking_at(defence.reads)
+        report = suite.run(part)
+        outputs = self._own(prepared, defence, report.points)
+        broken = part.region.contains(report.points) & (outputs.argmax(1) != labels)
+        missed = ((report.margins < 0) & ~broken).nonzero().flatten()
+        if len(missed):
+            own = part[missed]
+            copied = (own.decide or own.dynamics.outputs)(report.points[missed])
+            spare = 4 * (outputs[missed] - copied).abs().amax(1)
+            deeper = suite.run(replace(own, rhs=own.rhs - spare[:, None]))
+            predicted = self._own(prepared, defence, deeper.points).argmax(1)
+            found = own.region.contains(deeper.points) & (predicted != labels[missed])
+            broken[missed] = found
+            report = report.replaced(missed[found], deeper, found, deeper.margins - spare)
+        return report, broken
+
     def _judge(
-        self, prepared: _Prepared, part: Problem, report: Report, labels: Tensor, places: list[int]
+        self, prepared: _Prepared, part: Problem, report: Report, broken: Tensor, places: list[int]
     ) -> dict[int, dict[str, Any]]:
         """What became of the samples that were right: they are rows `places` of the chunk."""
         points, region = report.points, part.region
-        inside = region.contains(points)
-        broken = inside & (self._own(prepared, points).argmax(1) != labels)
         proved = torch.zeros_like(broken)
         bounded = prepared.prepared
         if bounded is not None and not bounded.missing and bool(broken.any()):
@@ -213,27 +235,23 @@ class AttackRun(Run):
                 "reason": reason,
                 "attacked": not bool(broken[k]),
                 "witness": points[k].cpu().numpy() if bool(broken[k]) else None,
-                "attack": name,
-                "attack_margin": _finite(report.margins[k]),
-                "first_margin": _finite(report.first[k]),
-                "blind": bool(report.blind[k]),
+                **report.account(k),
                 "entropies": (curves[0][:, k].tolist(), curves[1][:, k].tolist()),
             }
         return result
 
     @torch.no_grad()
-    def _own(self, prepared: _Prepared, x: Tensor) -> Tensor:
-        """The outputs of what is attacked as it runs: of a defence, around the model in its own dtype."""
-        model = self.model
-        first = next((p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()), x)
-        if isinstance(self.defence, FinalState):
+    def _own(self, prepared: _Prepared, defence: Defence, x: Tensor) -> Tensor:
+        """The outputs of what is attacked, as it runs: in its own dtype, but for defences of supported models."""
+        model, first = self.model, _example(self.model, x)
+        if isinstance(defence, FinalState):
             with evaluating(model):
                 outputs: Tensor = model(x.to(first.device, first.dtype))
         elif isinstance(model, DEQ):
             own = copy.deepcopy(model).eval().requires_grad_(False)
-            outputs = self.defence.outputs(own, x.to(first.device, first.dtype))
+            outputs = defence.outputs(own, x.to(first.device, first.dtype))
         else:
-            outputs = self.defence.outputs(prepared.dynamics, x)
+            outputs = defence.outputs(prepared.dynamics, x)
         return outputs.to(x)
 
     def _line(self, index: int, verdict: Verdict, places: Mapping[bytes, str]) -> dict[str, Any]:
@@ -242,36 +260,28 @@ class AttackRun(Run):
             return line
         clean, attacked = verdict.entropies or (None, None)
         line |= {} if verdict.corrupted is None else {"corrupted": verdict.corrupted}
-        return line | {
-            "attack": verdict.attack,
-            "attack_margin": verdict.attack_margin,
-            "first_margin": verdict.first_margin,
-            "blind": verdict.blind,
-            "entropy_clean": clean,
-            "entropy_attacked": attacked,
-        }
+        return line | {"entropy_clean": clean, "entropy_attacked": attacked}
 
     def _summarise(self, records: list[dict[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
         return summarise_attack(records, meta)
 
 
 def summarise_attack(records: list[dict[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """`summarise`, with `by_attack` (broken samples by what broke them), `entropy` and `warnings` an eps, and with
-    `corruptions` where some were asked for.
-    """
+    """`summarise`, with `entropy` an eps, and with `corruptions` where some were asked for."""
     summary = summarise(records, meta)
     for result in summary["results"]:
         mine = [r for r in records if r["eps"] == result["eps"] and r["attacked"] is not None]
-        broken = [r["attack"] if r["attacked"] is False else None for r in mine]
-        result["by_attack"] = dict(Counter(name for name in broken if name is not None).most_common())
         final = [[torch.tensor([r[key][-1] for r in mine])] for key in ("entropy_clean", "entropy_attacked")]
         compared = entropies(final[0][0], final[1][0]) if mine else None
         result["entropy"] = None if compared is None else {"P": compared.share, "dH": compared.difference}
-        numbers = [[r[key] if r[key] is not None else 0.0 for r in mine] for key in ("first_margin", "attack_margin")]
-        result["warnings"] = warnings_of(broken, [bool(r["blind"]) for r in mine], *numbers)
     corruptions = summarise_corruptions(records)
     known = {} if corruptions is None else {"corruptions": corruptions}
     return summary | {"suite": meta["attack"], "defence": meta["defence"], **known}
+
+
+def _example(model: torch.nn.Module, x: Tensor) -> Tensor:
+    """A tensor of the device and the dtype that a model runs in: one of its own, or else `x`."""
+    return next((p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()), x)
 
 
 def _told(outcome: Outcome, corrupted: Predictions | Exception | None) -> Outcome:
@@ -289,8 +299,3 @@ def general_hash(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _finite(value: Tensor) -> float | None:
-    number = float(value)
-    return number if abs(number) < float("inf") else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from verideq.attacks import attack_named
+from verideq.attacks import SUITES, attack_named
 from verideq.certify.bound import method_named
 from verideq.certify.method import Prepared
 from verideq.equilibrium import RELU
@@ -49,6 +49,20 @@ class Budget:
             raise InputError(f"timeout {self.timeout} is no time; give a number of seconds above 0")
         if not self.tolerance >= 0:
             raise InputError(f"deployed tolerance {self.tolerance} is negative; give 0 or more")
+
+    def check_for(self, prepared: Prepared) -> None:
+        """Refuse a method, or a suite of attacks, that is not for the model.
+
+        Raises:
+            InputError: it is not.
+        """
+        self.methods(prepared)
+        suite = SUITES.get(self.attack)
+        if suite is not None and suite.looks_inside and not any(True for _ in prepared.graph.equilibria()):
+            raise InputError(
+                f"attack {self.attack} looks at the states on the way to an equilibrium, and the model has none: use "
+                "pgd or standard"
+            )
 
     def kept(self, record: bytes) -> bytes | None:
         """What is handed over of a record that was accepted."""

@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from verideq.attacks import attack_named
+from verideq.attacks import Suite, attack_named
 from verideq.box import Box
 from verideq.certify.bound import elide, run_method
 from verideq.certify.budget import Budget
@@ -102,7 +103,7 @@ def certify(
     original = model if isinstance(model, nn.Module) else None
     verdicts: list[Verdict] = []
     # Everything is checked before the first batch is worked on.
-    budget.methods(prepared)
+    budget.check_for(prepared)
     region = Region(images, eps, norm, prepared.graph.pixel_range, weights=weights)
     rows = specification(prepared, images, labels, C, rhs)
     task = Task(region, labels, *rows, torch.arange(count), by_label=C is None and rhs is None)
@@ -338,10 +339,16 @@ def _attack(
     if attack is None:
         return
     with draft.accounts.charged(right, ATTACK) as deadline:
-        points, margins = attack(
-            target(prepared), part.region, part.C, part.rhs, indices=part.indices, seed=budget.seed,
-            stop=lambda: time.monotonic() > deadline,
-        )  # fmt: skip
+        task = target(prepared), part.region, part.C, part.rhs
+        options: dict[str, Any] = {"indices": part.indices, "seed": budget.seed}
+        options["stop"] = lambda: time.monotonic() > deadline
+        if isinstance(attack, Suite):
+            report = attack.report(*task, **options)
+            points, margins = report.points, report.margins
+            for k, i in enumerate(right):
+                draft.set(i, **report.account(k))
+        else:
+            points, margins = attack(*task, **options)
         _judge(part, draft, right, examined(prepared, part, original, points, margins))
 
 

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 import verideq
+from verideq.attacks import Suite, attack_named
 from verideq.certify.budget import Budget
 from verideq.certify.certificate import framed
 from verideq.certify.decide import decide
 from verideq.certify.method import TOLERANCE, Prepared, prepare
 from verideq.certify.radius import reaches
-from verideq.certify.summary import summarise
+from verideq.certify.summary import ACCOUNT, summarise
 from verideq.certify.task import Task, specification
 from verideq.certify.verdict import Verdict
 from verideq.distributed import ALONE, World
@@ -219,7 +220,7 @@ class Run:
     def _prepare(self) -> Any:
         """What the work on every chunk shares."""
         prepared = prepare(self.model, self.device)
-        self.budget.methods(prepared)  # a method that is not for the model is a wrong call, and no verdict
+        self.budget.check_for(prepared)  # a method that is not for the model is a wrong call, and no verdict
         return prepared
 
     def _summarise(self, records: list[dict[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,6 +359,8 @@ class Run:
             "witness": witness,
             "certificate": _place(verdict.certificate, places),
         }
+        if self._with_account:
+            line |= {key: getattr(verdict, key) for key in ACCOUNT}
         if not self.budget.radius:
             return line
         return line | {
@@ -366,6 +369,11 @@ class Run:
             "radius_certificate": _place(verdict.radius_certificate, places),
             "radius_witness": self._keep_witness(index, "radius", verdict.radius_witness),
         }
+
+    @property
+    def _with_account(self) -> bool:
+        """Whether every line says what the attacks were like: a suite has several, to be compared."""
+        return isinstance(attack_named(self.budget.attack), Suite)
 
     def _keep_witness(self, index: int, name: str, witness: np.ndarray | None) -> str | None:
         if witness is None:

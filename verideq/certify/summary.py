@@ -10,8 +10,11 @@ from typing import Any
 
 from scipy.special import betaincinv
 
+from verideq.attacks.suites import warnings_of
 from verideq.status import Status
 
+ACCOUNT = ("attack", "attack_margin", "first_margin", "blind")
+"""What a line says of the attacks of a suite: see `Verdict`."""
 REJECTED = "the checker refused"
 """How the reason of a sample begins whose certificate was proposed and not accepted; `rejected` counts these."""
 
@@ -49,8 +52,8 @@ def summarise(records: Iterable[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
 
     Returns:
         ``summary.json``: `model, data, version, results`, one result an eps in rising order. `checked` is true when
-        something was certified and the checker accepted all of it; `by_method` adds up to `certified`. And `radii`, if
-        radii were asked for.
+        something was certified and the checker accepted all of it; `by_method` adds up to `certified`. Under a suite of
+        attacks `by_attack` and `warnings`. And `radii`, if radii were asked for.
 
     Raises:
         ValueError: a status that does not exist.
@@ -95,6 +98,7 @@ def _count(eps: float, norm: str, records: list[Mapping[str, Any]], with_attack:
     proved = [r for r in records if r["status"] == Status.CERTIFIED]
     clean = sum(r["prediction"] is not None and r["prediction"] == r["label"] for r in records)
     attacked = sum(r["attacked"] is True for r in records) if with_attack else None
+    account = _account(records) if any(key in r for r in records for key in ACCOUNT) else {}
     return {
         "eps": eps,
         "norm": norm,
@@ -109,4 +113,16 @@ def _count(eps: float, norm: str, records: list[Mapping[str, Any]], with_attack:
         "clean_interval": list(interval95(clean, n)),
         "attacked_interval": None if attacked is None else list(interval95(attacked, n)),
         "certified_interval": list(interval95(len(proved), n)),
+        **account,
+    }
+
+
+def _account(records: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a suite: `by_attack`, broken samples by what broke them, and `warnings`."""
+    mine = [r for r in records if r["attacked"] is not None and r["attack"] is not None]
+    broken = [r["attack"] if r["attacked"] is False else None for r in mine]
+    last = [0.0 if r["attack_margin"] is None else float(r["attack_margin"]) for r in mine]
+    return {
+        "by_attack": dict(Counter(name for name in broken if name is not None).most_common()),
+        "warnings": warnings_of(broken, [bool(r["blind"]) for r in mine], [r["first_margin"] for r in mine], last),
     }

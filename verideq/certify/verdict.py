@@ -29,6 +29,10 @@ class Verdict:
         prediction: the class of the largest output at the centre, ``None`` if there is none.
         label: the sample's label, ``None`` for a specification without one.
         attacked: whether the prediction survived the attack; ``None`` without one.
+        attack: of a suite, the attack that found the worst point.
+        attack_margin: the smallest margin that a suite found, as the attacked copy computes it.
+        first_margin: that of its first attack, if any other was tried on the sample.
+        blind: no attack of a suite met a gradient.
         steps: solver steps of the bound.
         radius: the largest radius that was certified, if that was asked for; exact.
         attacked_radius: the smallest at which an attack broke the sample: that of the nearest proved witness; exact for
@@ -50,6 +54,10 @@ class Verdict:
     prediction: int | None = None
     label: int | None = None
     attacked: bool | None = None
+    attack: str | None = None
+    attack_margin: float | None = None
+    first_margin: float | None = None
+    blind: bool = False
     steps: int | None = None
     radius: Fraction | None = None
     attacked_radius: Fraction | None = None

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from verideq.attacks.defences import Defence, choose_early, defence_named
 from verideq.attacks.opened import has_states, open_model
@@ -36,8 +35,7 @@ from verideq.cli.options import (
 from verideq.data import load, parse_indices
 from verideq.data.corruptions import parse_corruptions
 from verideq.distributed import joined
-from verideq.equilibrium.surrogates import Final
-from verideq.errors import InputError, UnknownName
+from verideq.errors import DataError, InputError, UnknownName
 from verideq.region import Region, check_norm
 
 VALIDATION = 500
@@ -71,7 +69,14 @@ def attack(
         ),
     ] = "",
     weights: Weights = None,
-    batch_size: Annotated[int, typer.Option(help="Samples at a time; no outcome depends on it.", metavar="N")] = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples that reach the folder together; no outcome depends on it. 64, or 16 of the suites "
+            "intermediate and full.",
+            metavar="N",
+        ),
+    ] = None,
     threads: Threads = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -91,6 +96,8 @@ def attack(
     chosen = parse_indices(indices, len(dataset)) if indices is not None else list(range(len(dataset)))
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: give 1 or more")
+    if batch_size is None:
+        batch_size = 16 if SUITES[suite].looks_inside else 64
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: give 1 or more")
     questions = questions_of(dataset, data, chosen[:limit], network, eps or ["0.1"], check_norm(norm))
@@ -102,7 +109,9 @@ def attack(
     fresh = Path("runs") / f"attack-{Path(name).stem.replace(':', '-')}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
     with joined(choose_device(device)) as (world, place):
         folder = world.lead(lambda: out or fresh)
-        deciding = _defence(defence, network, questions, place, seed)
+        deciding = _defences(defence, network, questions, place, seed, batch_size)
+        if chosen_corruptions and len(set(deciding)) > 1:
+            raise InputError(f"--defence {defence} differs from eps to eps: with --corruptions give one --eps")
         budget = Budget(attack=suite, seed=seed)
         run = AttackRun(
             folder, network, name, questions, budget, batch_size, place, False, sys.argv, deciding,
@@ -114,19 +123,12 @@ def attack(
             raise Interrupted(folder) from None
     if not world.leads:
         return int(any(result["error"] for result in summary["results"]))
-    code = finish(summary, dataset, folder, as_json)
-    if not as_json:
-        console = Console(stderr=True, emoji=False, soft_wrap=True, highlight=False)
-        for result in summary["results"]:
-            for warning in result["warnings"]:
-                console.print(f"warning: eps {result['eps']:g}: {warning}", style="yellow", markup=False)
-    return code
+    return finish(summary, dataset, folder, as_json)
 
 
 def _refuse_states(network: torch.nn.Module, name: str, suite: str, defence: str) -> None:
     """States on the way to an equilibrium are there to be attacked only where there is an equilibrium."""
-    looking = {name for name, own in SUITES.items() if any(not isinstance(s.surrogate, Final) for s in own.stages)}
-    blind = tuple(name for name in SUITES if name not in looking)
+    blind = tuple(name for name, own in SUITES.items() if not own.looks_inside)
     for option, asked, left in (("--suite", suite, blind), ("--defence", defence, ("final",))):
         if asked not in left and not has_states(network):
             raise InputError(
@@ -135,20 +137,28 @@ def _refuse_states(network: torch.nn.Module, name: str, suite: str, defence: str
             )
 
 
-def _defence(name: str, network: torch.nn.Module, asked: Questions, place: torch.device, seed: int) -> Defence:
-    """The defence; ``early`` is chosen at the largest radius, on samples that are not those of the run."""
-    largest = max(asked.eps)
+def _defences(
+    name: str, network: torch.nn.Module, asked: Questions, place: torch.device, seed: int, batch_size: int
+) -> list[Defence]:
+    """The defence at every radius; ``early`` is chosen on samples that are not those of the run."""
     if name != "early":
-        return defence_named(name, radius=float(largest), clip=asked.clip)
-    training = load(asked.path, "train")
+        return [defence_named(name, radius=float(eps), clip=asked.clip, norm=asked.norm) for eps in asked.eps]
+    try:
+        training = load(asked.path, "train")
+    except (DataError, UnknownName) as error:
+        raise InputError(
+            f"--defence early chooses a state on the training split, and {asked.path} has none ({error}); name a state "
+            "yourself: --defence early:3"
+        ) from error
     own = set(asked.indices) if asked.split == "train" else set()
     rows = [i for i in range(max(len(training) - VALIDATION, 0), len(training)) if i not in own]
     if not rows:
         raise InputError("--defence early chooses on the last 500 training samples: they are those of the run")
     labels = training.labels[rows].to(place)
     weights = None if asked.weights is None else asked.weights.to(place)
-    region = Region(training.scaled(rows).to(place), largest, asked.norm, asked.clip, weights=weights)
-    dynamics = open_model(network, device=place)
-    C = margin_rows(labels, dynamics.outputs(region.center[:1]).shape[1])
+    images, dynamics = training.scaled(rows).to(place), open_model(network, device=place)
+    C = margin_rows(labels, dynamics.outputs(images[:1]).shape[1])
     rhs = torch.zeros(C.shape[:2], dtype=C.dtype, device=place)
-    return choose_early(Problem(dynamics, region, C, rhs, torch.tensor(rows), seed=seed), labels)
+    regions = (Region(images, eps, asked.norm, asked.clip, weights=weights) for eps in asked.eps)
+    problems = (Problem(dynamics, region, C, rhs, torch.tensor(rows), seed=seed) for region in regions)
+    return [choose_early(problem, labels, batch_size=batch_size) for problem in problems]

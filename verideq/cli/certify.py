@@ -139,11 +139,7 @@ def questions_of(dataset: Dataset, path: str, chosen: list[int], network: Any, e
         unweighted = norm == "linf" and dataset.eps_weights is None
         if clip is not None and unweighted and e >= Fraction(clip[1]) - Fraction(clip[0]):
             meant = f"; for {e} of 255 write {e}/255" if e.denominator == 1 and 1 < e < 256 else ""
-            warning = (
-                f"warning: eps {e} is the whole range of a pixel, {clip[0]:g} to {clip[1]:g}: any image is in reach"
-            )
-            console = Console(stderr=True, emoji=False, soft_wrap=True, highlight=False)
-            console.print(warning + meant, style="yellow", markup=False)
+            warn(f"eps {e} is the whole range of a pixel, {clip[0]:g} to {clip[1]:g}: any image is in reach{meant}")
     bad = (labels >= outputs[0]).nonzero().flatten()
     if len(bad):
         index = chosen[int(bad[0])]
@@ -153,6 +149,13 @@ def questions_of(dataset: Dataset, path: str, chosen: list[int], network: Any, e
     path = str(Path(path).resolve()) if path.endswith(".npz") else path
     return Questions(
         dataset.name, path, dataset.split, dataset.hash, images, labels, chosen, exact, norm, dataset.eps_weights, clip
+    )
+
+
+def warn(text: str) -> None:
+    """A line on standard error."""
+    Console(stderr=True, emoji=False, soft_wrap=True, highlight=False).print(
+        f"warning: {text}", style="yellow", markup=False
     )
 
 
@@ -187,4 +190,7 @@ def finish(summary: dict[str, Any], dataset: Dataset, folder: Path, as_json: boo
         console = Console(emoji=False)
         console.print(table(summary))
         console.print(f"{page}: the page; {folder / 'results.jsonl'}: a line a sample", highlight=False, soft_wrap=True)
+        for result in summary["results"]:
+            for warning in result.get("warnings", ()):
+                warn(f"eps {result['eps']:g}: {warning}")
     return 1 if any(result["error"] for result in summary["results"]) else 0

@@ -71,9 +71,10 @@ class Iterate:
     inverse: Inverse
 
 
-@torch.no_grad()
-def broyden(step: Callable[[Tensor], Tensor], start: Tensor) -> Iterator[Iterate]:
+def iterates(step: Callable[[Tensor], Tensor], start: Tensor) -> Iterator[Iterate]:
     """The iterates ``z_0, z_1, ...``, without end: each costs one application of the map, when it is asked for.
+
+    Differentiable, its inverse included, where gradients are asked for.
 
     Args:
         step: ``f``, on (batch, *features).
@@ -88,3 +89,7 @@ def broyden(step: Callable[[Tensor], Tensor], start: Tensor) -> Iterator[Iterate
         fresh = step(value) - value
         inverse.update(moved.flatten(1), (fresh - change).flatten(1), value.flatten(1))
         change = fresh
+
+
+broyden = torch.no_grad()(iterates)
+"""The same without gradients."""

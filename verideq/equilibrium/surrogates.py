@@ -1,15 +1,17 @@
 """Gradients with respect to the input at any state of a DEQ: what a white-box attack climbs.
 
 A forward pass by a solver hides its states from autograd, so that ready-made attacks see only the last one (Yang et
-al., "A Closer Look at the Adversarial Robustness of Deep Equilibrium Models", NeurIPS 2022). Four kinds of gradient:
+al., "A Closer Look at the Adversarial Robustness of Deep Equilibrium Models", NeurIPS 2022). Their four kinds of
+gradient, and a fifth that they do not have, which leaves an unconverged solver nothing to hide:
 
 * `Final` with `Implicit`: exact, by the adjoint equation at the equilibrium (equations 2 and 3).
 * `Final` with `Phantom`: through damped steps from the equilibrium (equations 4 to 6).
 * `Simultaneous`: an adjoint that moves along with Broyden's iterates and reuses their inverse (equations 9 to 11).
 * `Unrolled`: through damped steps from an intermediate state (equations 13 to 16).
+* `Through`: through Broyden's iterations themselves, their inverse included.
 
-The last two take several states at once: the sum of their gradients (equation 17), every state with the weight one.
-(In the authors' code the gradient is not reset between the states, so that early ones weigh more.)
+`Simultaneous` and `Unrolled` take several states at once: the sum of their gradients (equation 17), every state with
+the weight one. (In the authors' code the gradient is not reset between the states, so that early ones weigh more.)
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from verideq.equilibrium.broyden import broyden
+from verideq.equilibrium.broyden import broyden, iterates
 from verideq.equilibrium.dynamics import TRACK, Dynamics, path
 from verideq.equilibrium.gradients import Gradient, Implicit
 from verideq.equilibrium.solvers import Solver
@@ -200,6 +202,43 @@ class Simultaneous(Surrogate):
     @property
     def name(self) -> str:
         return f"simultaneous {_places(self.states)}"
+
+
+@dataclass(frozen=True)
+class Through(Surrogate):
+    """Through the iterations of Broyden's method, and then `steps` undamped ones: backpropagation through everything.
+
+    Of a model that stops after so many iterations this is the gradient, whether it has converged or not; where it has,
+    it is that of `Final`.
+
+    Args:
+        states: the ``n``, from 1; their mean is handed on.
+        steps: of ``f`` behind it: a `DEQ` with the exact gradient takes one.
+    """
+
+    states: tuple[int, ...]
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_states(self.states)
+        if self.steps < 0:
+            raise InputError(f"steps behind the iterations number 0 or more; got {self.steps}")
+
+    def slope(self, dynamics: Dynamics, x: Tensor, loss: Loss) -> Slope:
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            injected = dynamics.inject(at)
+            every = iterates(lambda z: dynamics.step(z, injected), dynamics.start(injected))
+            states = [iterate.value for iterate in islice(every, max(self.states) + 1)]
+            z = torch.stack([states[n] for n in self.states]).mean(0)
+            for _ in range(self.steps):
+                z = dynamics.step(z, injected)
+            outputs = dynamics.head(z, injected)
+            return _slope(loss(outputs), at, outputs)
+
+    @property
+    def name(self) -> str:
+        return f"through {_places(self.states)}" + (f" k={self.steps}" if self.steps else "")
 
 
 def _slope(losses: Tensor, at: Tensor, outputs: Tensor) -> Slope:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from verideq.equilibrium import Equilibrium
+from verideq.equilibrium import DEQ, Equilibrium
 from verideq.errors import UnsupportedOperation
 from verideq.graph.graph import INPUT, Graph, Node
 from verideq.graph.operations import OPERATIONS, Add, Embed, Normalize, evaluating, operation_of
@@ -100,6 +100,11 @@ def _trace(
     """
     if prefix and operation_of(model) is not None and getattr(model, "inplace", False):
         raise _overwrites(prefix)
+    if isinstance(model, DEQ):
+        raise UnsupportedOperation(
+            f"{prefix or 'the model'}: {type(model).__name__} is a general DEQ, of which nothing can be certified: its "
+            "equilibria are not known to be unique; attack it: verideq attack"
+        )
     if isinstance(model, Equilibrium):
         return _equilibrium(model, prefix, source, names, problems)
     if operation_of(model) is not None:

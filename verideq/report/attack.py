@@ -32,7 +32,9 @@ def attack_claim(run: Run) -> str:
 def attack_warnings(run: Run) -> list[str]:
     """What speaks against the numbers, as HTML."""
     return [
-        f"eps {eps_text(r['eps'])}: {escape(warning)}." for r in run.summary["results"] for warning in r["warnings"]
+        f"eps {eps_text(r['eps'])}: {escape(warning)}."
+        for r in run.summary["results"]
+        for warning in r.get("warnings", ())
     ]
 
 

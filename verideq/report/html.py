@@ -143,8 +143,7 @@ def _warnings(run: Run) -> str:
     if both:
         listed = ", ".join(map(str, both[:10]))
         found.append(f"certified and broken by the attack at once, so that neither may be believed: sample {listed}.")
-    if is_attack(run):
-        found += attack_warnings(run)
+    found += attack_warnings(run)
     errors = sum(r["error"] for r in run.summary["results"])
     if errors:
         found.append(f"verdicts that are ERROR: {errors}; see the reasons below.")

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from verideq.equilibrium import DEQ, Broyden, Equilibrium
+from verideq.attacks.ball import Ball
+from verideq.equilibrium import DEQ, Broyden, Equilibrium, Gradient
 from verideq.errors import InputError, UnknownName
 from verideq.region import check_norm
 
@@ -55,29 +56,14 @@ class Adversary:
             start: likewise.
             loss: of outputs, a number.
         """
-        step = self.step or self.eps / 4
-        x = self._inside(start, images)
+        step, ball = self.step or self.eps / 4, Ball(self.eps, self.norm, self.clip)
+        x = ball.project(start, images)
         for _ in range(self.steps):
             at = x.detach().requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(loss(outputs(at)), at)
-            towards = gradient.sign() if self.norm == "linf" else gradient / _length(gradient)
-            x = self._inside(x + step * towards, images)
+            x = ball.project(x + step * ball.direction(gradient), images)
         return x.detach()
-
-    def _inside(self, x: Tensor, images: Tensor) -> Tensor:
-        if self.norm == "linf":
-            x = torch.minimum(torch.maximum(x, images - self.eps), images + self.eps)
-        else:
-            shift = x - images
-            x = images + shift * (self.eps / _length(shift)).clamp(max=1)
-        return x if self.clip is None else x.clamp(*self.clip)  # towards the images: it stays in the ball
-
-
-def _length(x: Tensor) -> Tensor:
-    """The Euclidean norm of every sample, (batch, 1, ...), never zero."""
-    size: Tensor = x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
-    return size.view(-1, *[1] * (x.dim() - 1))
 
 
 def pgd_at_loss(
@@ -204,6 +190,20 @@ def stopped_at(model: nn.Module, steps: int) -> Iterator[None]:
                 m.throw = bool(throw)
 
 
+@contextmanager
+def climbed_by(model: nn.Module, gradient: Gradient) -> Iterator[None]:
+    """Every equilibrium of the model differentiated in this way: what an adversary sees who believes in it."""
+    owners = [m for m in model.modules() if isinstance(m, (DEQ, Equilibrium))]
+    before = [m.gradient for m in owners]
+    try:
+        for m in owners:
+            m.gradient = gradient
+        yield
+    finally:
+        for m, own in zip(owners, before, strict=True):
+            m.gradient = own
+
+
 @dataclass(frozen=True)
 class AdversarialLoss:
     """One step of adversarial training.
@@ -216,6 +216,7 @@ class AdversarialLoss:
             batch, adversarial ones too; 0: the model's own state.
         jacobian: the weight of the Jacobian penalty.
         jacobian_share: of the steps that have it.
+        climbed: the gradient that the adversary climbs; ``None``: the model's own.
     """
 
     kind: str
@@ -224,6 +225,7 @@ class AdversarialLoss:
     random_states: int = 0
     jacobian: float = 0.0
     jacobian_share: float = 1.0
+    climbed: Gradient | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in LOSSES:
@@ -232,12 +234,18 @@ class AdversarialLoss:
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
         """The loss of a batch; `draw` is on the CPU."""
         shown: nn.Module = _Random(model, self.random_states, draw) if self.random_states else model
+
+        def crafted(x: Tensor) -> Tensor:
+            with nullcontext() if self.climbed is None else climbed_by(model, self.climbed):
+                outputs: Tensor = shown(x)
+            return outputs
+
         if self.kind == "clean":
             loss = F.cross_entropy(shown(images), labels)
         elif self.kind == "pgd-at":
-            loss = pgd_at_loss(shown, images, labels, self.adversary, draw, crafted=shown)
+            loss = pgd_at_loss(shown, images, labels, self.adversary, draw, crafted=crafted)
         else:
-            loss = trades_loss(shown, images, labels, self.adversary, draw, crafted=shown, weight=self.trades)
+            loss = trades_loss(shown, images, labels, self.adversary, draw, crafted=crafted, weight=self.trades)
         if self.jacobian and float(torch.rand((), generator=draw)) < self.jacobian_share:
             loss = loss + self.jacobian * jacobian_penalty(model, images, draw)
         return loss

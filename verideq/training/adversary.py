@@ -47,7 +47,8 @@ class AdversarialRecipe(PlainRecipe):
         random_states: the loss at random states up to this one; 0 for none.
         jacobian: weight of the Jacobian penalty.
         jacobian_share: of the steps that have it.
-        gradient: ``exact`` or ``phantom``.
+        gradient: ``exact`` or ``phantom``, of the loss.
+        attack_gradient: that of the adversary, likewise; empty: the same.
         forward_steps: of Broyden's method.
         backward_steps: of the exact gradient's.
         phantom_steps: ``k``.
@@ -75,6 +76,7 @@ class AdversarialRecipe(PlainRecipe):
     jacobian: float = 0.0
     jacobian_share: float = 1.0
     gradient: str = "phantom"
+    attack_gradient: str = ""
     forward_steps: int = 8
     backward_steps: int = 7
     phantom_steps: int = 5
@@ -88,30 +90,33 @@ class AdversarialRecipe(PlainRecipe):
 
     def __post_init__(self) -> None:
         self.objective()
-        self.solver_gradient()
+        self.solver_gradient("gradient")
         self.at_least(1, "epochs", "batch_size", "forward_steps", "backward_steps", "pretrain_layers")
         self.at_least(0, "samples", "random_states", "pretrain_steps", "crop", "jacobian", "gradient_clip")
         if not self.learning_rate > 0:
             raise RecipeError(f"learning_rate {self.learning_rate}: give a positive number")
-        for key in ("random_states", "pretrain_steps", "jacobian"):
+        for key in ("random_states", "pretrain_steps", "jacobian", "attack_gradient"):
             if self.architecture in EXPLICIT and getattr(self, key):
-                raise RecipeError(f"{key} {getattr(self, key)}: {self.architecture} has no equilibrium; leave it at 0")
+                raise RecipeError(f"{key} {getattr(self, key)}: {self.architecture} has no equilibrium; leave it out")
 
     def objective(self, clip: tuple[float, float] | None = (0.0, 1.0)) -> AdversarialLoss:
         """The loss of a step."""
         try:
             adversary = Adversary(float(parse_eps(self.eps)), self.attack_steps, clip=clip, norm=self.norm)
+            climbed = self.solver_gradient("attack_gradient") if self.attack_gradient else None
             return AdversarialLoss(
-                self.loss, adversary, self.trades_weight, self.random_states, self.jacobian, self.jacobian_share
-            )
+                self.loss, adversary, self.trades_weight, self.random_states, self.jacobian, self.jacobian_share,
+                climbed,
+            )  # fmt: skip
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
-    def solver_gradient(self) -> Gradient:
-        """The gradient of the model."""
-        if self.gradient not in GRADIENTS:
-            raise RecipeError(f"gradient {self.gradient!r}: choose one of {', '.join(GRADIENTS)}")
-        if self.gradient == "exact":
+    def solver_gradient(self, key: str) -> Gradient:
+        """The gradient that a key of the recipe names."""
+        name = getattr(self, key)
+        if name not in GRADIENTS:
+            raise RecipeError(f"{key} {name!r}: choose one of {', '.join(GRADIENTS)}")
+        if name == "exact":
             return Implicit(Broyden(max_steps=self.backward_steps))
         return Phantom(self.phantom_steps, self.phantom_damping)
 
@@ -123,7 +128,7 @@ class AdversarialRecipe(PlainRecipe):
         except TypeError as error:
             raise RecipeError(f"{self.architecture}: {error}; see [options]") from error
         if isinstance(model, DEQ):
-            model.solver, model.gradient = Broyden(max_steps=self.forward_steps), self.solver_gradient()
+            model.solver, model.gradient = Broyden(max_steps=self.forward_steps), self.solver_gradient("gradient")
         return model
 
 
