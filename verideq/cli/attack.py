@@ -11,14 +11,14 @@ import torch
 import typer
 
 from verideq.attacks.defences import Defence, choose_early, defence_named
-from verideq.attacks.opened import has_states, open_model
+from verideq.attacks.opened import open_model
 from verideq.attacks.problem import Problem
 from verideq.attacks.suites import SUITES
 from verideq.certify.attack import AttackRun
 from verideq.certify.bound import margin_rows
 from verideq.certify.budget import Budget
 from verideq.certify.run import Questions
-from verideq.cli.certify import execute, finish, questions_of
+from verideq.cli.certify import STATELESS, execute, finish, questions_of, require_states
 from verideq.cli.options import (
     MODEL,
     Device,
@@ -91,7 +91,8 @@ def attack(
     if suite not in SUITES:
         raise UnknownName("suite", suite, SUITES)
     network, name = read_model(model, weights)
-    _refuse_states(network, name, suite, defence)
+    require_states(network, name, "--suite", suite, STATELESS)
+    require_states(network, name, "--defence", defence, ("final",))
     dataset = load(data, split)
     chosen = parse_indices(indices, len(dataset)) if indices is not None else list(range(len(dataset)))
     if limit is not None and limit < 1:
@@ -124,17 +125,6 @@ def attack(
     if not world.leads:
         return int(any(result["error"] for result in summary["results"]))
     return finish(summary, dataset, folder, as_json)
-
-
-def _refuse_states(network: torch.nn.Module, name: str, suite: str, defence: str) -> None:
-    """States on the way to an equilibrium are there to be attacked only where there is an equilibrium."""
-    blind = tuple(name for name, own in SUITES.items() if not own.looks_inside)
-    for option, asked, left in (("--suite", suite, blind), ("--defence", defence, ("final",))):
-        if asked not in left and not has_states(network):
-            raise InputError(
-                f"{option} {asked} looks at the states on the way to an equilibrium, and {name} has none: use "
-                f"{option} {' or '.join(left)}"
-            )
 
 
 def _defences(

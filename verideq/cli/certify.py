@@ -14,8 +14,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
-from verideq.attacks.opened import is_opaque
+from verideq.attacks import SUITES
+from verideq.attacks.opened import has_states, is_opaque
 from verideq.certify.bound import METHODS
 from verideq.certify.budget import Budget
 from verideq.certify.run import Questions, Run
@@ -37,6 +39,9 @@ from verideq.equilibrium import DEQ
 from verideq.errors import DataError, InputError, ModelError
 from verideq.graph import evaluating, trace
 from verideq.region import Region, check_images, check_norm, parse_eps
+
+STATELESS = tuple(name for name, suite in SUITES.items() if not suite.looks_inside)
+"""Suites that ask for nothing but outputs and their gradients."""
 
 
 def certify(
@@ -92,6 +97,8 @@ def certify(
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: give 1 or more")
     chosen = chosen[:limit]
+    if attack in SUITES and not isinstance(network, DEQ):  # of which nothing can be certified anyway
+        require_states(network, name, "--attack", attack, STATELESS)
     questions = questions_of(dataset, data, chosen, network, eps or ["0.02", "0.05", "0.1"], check_norm(norm))
     if resume and out is None:
         raise InputError("--resume needs the folder of the run: --out DIR")
@@ -107,6 +114,15 @@ def certify(
             raise Interrupted(folder) from None
     failed = any(result["error"] for result in summary["results"])
     return finish(summary, dataset, folder, as_json) if world.leads else int(failed)
+
+
+def require_states(network: nn.Module, name: str, option: str, asked: str, stateless: tuple[str, ...]) -> None:
+    """States on the way to an equilibrium are there to be looked at only where there is an equilibrium."""
+    if asked not in stateless and not has_states(network):
+        raise InputError(
+            f"{option} {asked} looks at the states on the way to an equilibrium, and {name} has none: use {option} "
+            f"{' or '.join(stateless)}"
+        )
 
 
 def questions_of(dataset: Dataset, path: str, chosen: list[int], network: Any, eps: list[str], norm: str) -> Questions:
