@@ -81,7 +81,7 @@ THIN = Suite(
         *(Stage(READY_MADE, surrogate) for surrogate in (Final(Phantom(5, 0.5)), Unrolled(STATES, 1, 1.0))),
         *(Stage(READY_MADE, Simultaneous(states)) for states in (STATES, (1,), (4,), (8,))),
         *sweep((1, 3, 8), (1, 5, 9)),
-        *(Stage(APGD("ce", 25), surrogate) for surrogate in (Unrolled(STATES, 1, 1.0), Through((8,), 1))),
+        *(Stage(APGD("ce", 25), surrogate) for surrogate in (Unrolled(STATES, 1, 1.0), Through())),
     ),
 )
 """Every kind of attack of `full` by every kind of gradient, in a twentieth of its time."""

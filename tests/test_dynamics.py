@@ -90,7 +90,6 @@ def unrolled_gradient(dynamics: Dynamics, x: Tensor, steps: int = 400) -> Slope:
         Simultaneous((120,), 0.5),
         Simultaneous((250,), 1.0),
         Through((40,)),
-        Through((39, 40), 1),
     ],
     ids=lambda s: s.name,
 )
@@ -252,31 +251,33 @@ def test_an_unconverged_exact_gradient_is_not_that_of_the_outputs() -> None:
     torch.testing.assert_close(exact, unrolled_gradient(converged, x).gradient, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("states", "steps"), [((1,), 0), ((4,), 0), ((5,), 1), ((1, 2, 3, 4), 0)])
-def test_through_the_solver_it_is_the_gradient_of_an_unconverged_state(states: tuple[int, ...], steps: int) -> None:
-    model, x = general(Implicit(Broyden(max_steps=7)), gain=4.0), inputs(5)
+@pytest.mark.parametrize("gradient", [Implicit(Broyden(max_steps=7)), Phantom(5, 0.5)], ids=["implicit", "phantom"])
+@pytest.mark.parametrize("states", [(), (1,), (4,), (1, 2, 3, 4)])
+def test_through_the_solver_it_is_the_gradient_of_an_unconverged_state(
+    states: tuple[int, ...], gradient: Implicit | Phantom
+) -> None:
+    model, x = general(gradient, steps=5, gain=4.0), inputs(5)
 
     def losses(at: Tensor) -> Tensor:
         injected = model.inject(at)
+        if not states:
+            return entropy(model.outputs(at))
         every = path(model, injected, steps=max(states))
-        z = every.states[[n - 1 for n in states]].mean(0)
-        for _ in range(steps):
-            z = model.step(z, injected)
-        return entropy(model.head(z, injected))
+        return entropy(model.head(every.states[[n - 1 for n in states]].mean(0), injected))
 
     with torch.no_grad():
-        residual = path(model, model.inject(x), steps=max(states)).residuals[-1]
+        residual = path(model, model.inject(x), steps=5).residuals.min(0).values
         shift = 1e-6 * torch.eye(5).double()
         differences = torch.stack([(losses(x + d) - losses(x - d)) / 2e-6 for d in shift], 1)
-    found = Through(states, steps).slope(model, x, entropy)
-    assert float(residual.min()) > 0.05
+    found = Through(states).slope(model, x, entropy)
+    assert float(residual.min()) > 0.02
     torch.testing.assert_close(found.losses, losses(x).detach())
     torch.testing.assert_close(found.gradient, differences, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", OPENED)
 @pytest.mark.parametrize(
-    "surrogate", [Final(), Unrolled((3,), 2), Simultaneous((3,)), Through((2, 3), 1)], ids=lambda s: s.name
+    "surrogate", [Final(), Unrolled((3,), 2), Simultaneous((3,)), Through((2, 3))], ids=lambda s: s.name
 )
 def test_no_sample_sees_another(kind: str, surrogate: Surrogate) -> None:
     build, shape = OPENED[kind]
@@ -318,7 +319,6 @@ def test_opening_is_the_model() -> None:
         lambda: Simultaneous((0,)),
         lambda: Simultaneous((1,), 2.0),
         lambda: Through((0,)),
-        lambda: Through((1,), -1),
     ],
 )
 def test_impossible_surrogates_are_refused(build: object) -> None:

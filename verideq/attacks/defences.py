@@ -274,15 +274,16 @@ def transfer(problem: Problem, defences: Sequence[Defence], suite: Suite) -> dic
     Args:
         problem: what to break; its `decide` is not used.
         defences: of one model.
-        suite: run against each, on every sample; every point that any of its stages ends with is handed on.
+        suite: run against each, on every sample, looking where it reads; every point that a stage of it ends with is
+            handed on.
 
     Returns:
         by defence, by the defence that the attack was crafted against, which samples survive, (batch,); and under
         ``ALL`` the pointwise worst over the sources.
     """
     table: dict[str, dict[str, Tensor]] = {defence.name: {} for defence in defences}
-    whole = replace(suite, prune=False)
     for source in defences:
+        whole = replace(suite, prune=False).looking_at(source.reads)
         report = whole.run(replace(problem, decide=Deciding(source, problem.dynamics)))
         for defence in defences:
             judged = replace(problem, decide=Deciding(defence, problem.dynamics))

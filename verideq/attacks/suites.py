@@ -28,7 +28,7 @@ STATES = 8
 STRONGEST = ((3, 5, 0.5), (1, 1, 1.0), (3, 4, 0.5), (4, 5, 0.5))
 """``(n, k, λ)`` that the papers found strongest; they go first, so that what they break is left out of the rest."""
 
-WHOLE = (Through((STATES,)), Through((STATES,), 1), Unrolled((0,), STATES, 1.0))
+WHOLE = (Through(), Unrolled((0,), STATES, 1.0))
 """The whole forward pass, differentiated: as Broyden takes it, and as plain steps from zero."""
 
 

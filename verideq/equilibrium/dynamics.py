@@ -37,6 +37,15 @@ class Dynamics(ABC):
         """
         return ()
 
+    @property
+    def stops(self) -> int:
+        """Broyden steps after which a model stops that does not wait for its equilibrium; of others any number is."""
+        return TRACK.max_steps
+
+    def finish(self, z: Tensor, injected: Injected) -> Tensor:
+        """What the model makes of the state at which its solver stopped, differentiable; the head reads that."""
+        return z
+
     @abstractmethod
     def inject(self, x: Tensor) -> Injected:
         """What the inputs (batch, *features) inject, differentiable."""
@@ -115,6 +124,15 @@ class DEQ(nn.Module, Dynamics):
         outputs: Tensor = self.classifier(z)
         return outputs
 
+    @property
+    def stops(self) -> int:
+        return self.solver.max_steps if isinstance(self.solver, Broyden) else super().stops
+
+    def finish(self, z: Tensor, injected: Injected) -> Tensor:
+        if isinstance(self.gradient, Phantom):
+            return self.gradient.damped(lambda z: self.step(z, injected), z)
+        return self.step(z, injected)
+
     def solve(self, injected: Injected) -> Solution:
         """The solver's answer, (1, batch, *state), converged or not."""
         with torch.no_grad():
@@ -173,19 +191,20 @@ def path(dynamics: Dynamics, injected: Injected, track: Solver = TRACK, steps: i
         if isinstance(track, Broyden):
             for iterate in islice(broyden(lambda z: dynamics.step(z, fixed), start), 1, count + 1):
                 states.append(iterate.value)
-                residuals.append(_relative(iterate.change, iterate.value + iterate.change))
+                residuals.append(relative(iterate.change, iterate.value + iterate.change))
         elif isinstance(track, Picard):
             image = dynamics.step(start, fixed)
             for _ in range(count):
                 z, image = image, dynamics.step(image, fixed)
                 states.append(z)
-                residuals.append(_relative(image - z, image))
+                residuals.append(relative(image - z, image))
         else:
             raise InputError(f"the states along a forward pass are those of Broyden or Picard; got {track}")
         return Path(torch.stack(states), torch.stack(residuals))
 
 
-def _relative(change: Tensor, image: Tensor) -> Tensor:
+def relative(change: Tensor, image: Tensor) -> Tensor:
+    """``‖f(z) - z‖ / ‖f(z)‖``, (batch,)."""
     size = image.flatten(1).norm(dim=1).clamp(min=torch.finfo(image.dtype).tiny)
     residual: Tensor = change.flatten(1).norm(dim=1) / size
     return residual

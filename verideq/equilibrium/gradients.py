@@ -61,6 +61,12 @@ class Phantom:
                 f"a phantom gradient takes 1 or more steps and a damping in (0, 1]; got {self.steps} and {self.damping}"
             )
 
+    def damped(self, step: Step, z: Tensor) -> Tensor:
+        """``z <- (1 - λ) z + λ f(z)``, `steps` times."""
+        for _ in range(self.steps):
+            z = (1 - self.damping) * z + self.damping * step(z)
+        return z
+
 
 Gradient = Implicit | Phantom
 Pull = Callable[[Tensor, Tensor, Solver], Solution]
@@ -81,10 +87,7 @@ def differentiable(
         splitting: how to solve the adjoint of a point where its fixed-point iteration need not converge.
     """
     if isinstance(gradient, Phantom):
-        z = value
-        for _ in range(gradient.steps):
-            z = (1 - gradient.damping) * z + gradient.damping * step(z)
-        return z
+        return gradient.damped(step, value)
 
     solver = replace(gradient.solver, max_steps=gradient.steps) if gradient.steps else gradient.solver
     throw = throw and not gradient.steps

@@ -24,8 +24,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from verideq.equilibrium.broyden import broyden, iterates
-from verideq.equilibrium.dynamics import TRACK, Dynamics, path
+from verideq.equilibrium.broyden import Iterate, broyden, iterates
+from verideq.equilibrium.dynamics import TRACK, Dynamics, path, relative
 from verideq.equilibrium.gradients import Gradient, Implicit
 from verideq.equilibrium.solvers import Solver
 from verideq.errors import InputError
@@ -206,39 +206,45 @@ class Simultaneous(Surrogate):
 
 @dataclass(frozen=True)
 class Through(Surrogate):
-    """Through the iterations of Broyden's method, and then `steps` undamped ones: backpropagation through everything.
+    """Through the iterations of Broyden's method: backpropagation through everything that they do.
 
-    Of a model that stops after so many iterations this is the gradient, whether it has converged or not; where it has,
-    it is that of `Final`.
+    Of a model that stops after so many iterations it is the gradient, whether they have converged or not; where they
+    have, it is that of `Final`.
 
     Args:
-        states: the ``n``, from 1; their mean is handed on.
-        steps: of ``f`` behind it: a `DEQ` with the exact gradient takes one.
+        states: the ``n``, from 1, whose mean is read; none: the state at which the model stops, that of the lowest
+            residual, and what the model makes of it (`Dynamics.finish`).
     """
 
-    states: tuple[int, ...]
-    steps: int = 0
+    states: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_states(self.states)
-        if self.steps < 0:
-            raise InputError(f"steps behind the iterations number 0 or more; got {self.steps}")
+        if self.states:
+            _check_states(self.states)
 
     def slope(self, dynamics: Dynamics, x: Tensor, loss: Loss) -> Slope:
         with torch.enable_grad():
             at = x.detach().requires_grad_()
             injected = dynamics.inject(at)
             every = iterates(lambda z: dynamics.step(z, injected), dynamics.start(injected))
-            states = [iterate.value for iterate in islice(every, max(self.states) + 1)]
-            z = torch.stack([states[n] for n in self.states]).mean(0)
-            for _ in range(self.steps):
-                z = dynamics.step(z, injected)
+            seen = list(islice(every, 1, max(self.states or (dynamics.stops,)) + 1))
+            if self.states:
+                z = torch.stack([seen[n - 1].value for n in self.states]).mean(0)
+            else:
+                z = dynamics.finish(_settled(seen), injected)
             outputs = dynamics.head(z, injected)
             return _slope(loss(outputs), at, outputs)
 
     @property
     def name(self) -> str:
-        return f"through {_places(self.states)}" + (f" k={self.steps}" if self.steps else "")
+        return f"through {_places(self.states) if self.states else 'all'}"
+
+
+def _settled(seen: list[Iterate]) -> Tensor:
+    """Of every sample the iterate of lowest residual."""
+    with torch.no_grad():
+        lowest = torch.stack([relative(i.change, i.value + i.change) for i in seen]).argmin(0)
+    return torch.stack([i.value for i in seen])[lowest, torch.arange(len(lowest), device=lowest.device)]
 
 
 def _slope(losses: Tensor, at: Tensor, outputs: Tensor) -> Slope:
