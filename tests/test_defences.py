@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from verideq.attacks import Attack, Found, Problem
-from verideq.attacks.defences import Deciding, EarlyState, EntropyReduction, FinalState, choose_early, transfer
+from verideq.attacks.defences import Defence, EarlyState, EntropyReduction, FinalState, choose_early, transfer
 from verideq.attacks.suites import Stage, Suite
 from verideq.certify.bound import margin_rows
 from verideq.equilibrium import DEQ, Broyden, Dynamics, Gradient, Picard, Solver
@@ -161,35 +161,49 @@ def test_the_early_state_is_chosen_by_what_the_attack_on_the_final_state_finds()
 
 @dataclass(frozen=True)
 class Shift(Attack):
-    """One point: the centre, moved."""
+    """The centre, moved: of several points the one with the smallest margin."""
 
-    by: float
+    by: tuple[float, ...]
 
     @property
     def name(self) -> str:
-        return f"Shift {self.by:+g}"
+        return f"Shift {self.by}"
 
     def search(self, problem: Problem) -> Found:
-        points = problem.region.project(problem.region.center + self.by)
-        return Found(points, problem.judge(points))
+        found = Found.nothing(problem)
+        for by in self.by:
+            points = problem.region.project(problem.region.center + by)
+            found.note(points, problem.judge(points))
+        return found
+
+
+def opposed() -> tuple[Problem, list[Defence]]:
+    """The final state breaks on the way up, the first on the way down, the second nowhere."""
+    problem = disagreement(Counting([9.0, 9.0], final=0.58, lower=[0.32, -9.0]), [0.5, 0.4, 0.45])
+    return problem, [FinalState(), EarlyState(1, COUNTED), EarlyState(2, COUNTED)]
+
+
+UNHARMED = [True, True, True]
+BROKEN = {"final": [False, True, True], "early:1": [True, False, True], "early:2": UNHARMED}
+"""Which samples of `opposed` survive the worst that there is."""
 
 
 @pytest.mark.parametrize("order", [(0.1, -0.1, 0.0), (-0.1, 0.0, 0.1), (0.0, 0.1, -0.1)], ids=str)
 @pytest.mark.parametrize("prune", [True, False])
 def test_transfer_hands_on_the_points_of_every_stage(order: tuple[float, ...], prune: bool) -> None:
-    """The final state breaks on the way up, the first on the way down, the second nowhere."""
-    dynamics = Counting([9.0, 9.0], final=0.55, lower=[0.35, -9.0])
-    problem = disagreement(dynamics, [0.5, 0.4, 0.45])
-    suite = Suite("by hand", tuple(Stage(Shift(by)) for by in order), prune)
-    defences = [FinalState(), EarlyState(1, COUNTED), EarlyState(2, COUNTED)]
-    table = transfer(problem, defences, suite)
-    survivors = {"final": [False, True, True], "early:1": [True, False, True], "early:2": [True, True, True]}
+    """Those too that are not the worst against their source, and of samples that a stage before has broken."""
+    problem, defences = opposed()
+    table = transfer(problem, defences, Suite("by hand", tuple(Stage(Shift((by,))) for by in order), prune))
     for target, row in table.items():
         assert {source: kept.tolist() for source, kept in row.items()} == dict.fromkeys(
-            [*survivors, "ALL"], survivors[target]
+            [*BROKEN, "ALL"], BROKEN[target]
         )
-    # The pointwise worst for a source alone would leave the others whole.
-    whole = replace(suite, prune=False)
-    for source, target, sample in ((0, 1, 1), (1, 0, 0)):
-        worst = whole.run(replace(problem, decide=Deciding(defences[source], dynamics))).points
-        assert float(Deciding(defences[target], dynamics)(worst)[sample, 0]) > 0
+
+
+def test_an_attack_is_crafted_against_its_source() -> None:
+    problem, defences = opposed()
+    table = transfer(problem, defences, Suite("by hand", (Stage(Shift((0.1, -0.1))),)))
+    for target in ("final", "early:1"):
+        for source in ("final", "early:1"):
+            assert table[target][source].tolist() == (BROKEN[target] if source == target else UNHARMED)
+        assert table[target]["ALL"].tolist() == BROKEN[target]
