@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from verideq.attacks import APGD, FAB, PGD, Attack, Problem, Square
 from verideq.attacks.apgd import checkpoints
 from verideq.attacks.fab import lengths, onto_plane
-from verideq.attacks.opened import open_model
+from verideq.attacks.opened import PlainDynamics, open_model
 from verideq.attacks.problem import cross_entropy, ratio_loss, targeted_ratio_loss
 from verideq.certify.bound import margin_rows
-from verideq.equilibrium.surrogates import Simultaneous, Unrolled
+from verideq.equilibrium import Dynamics
+from verideq.equilibrium.surrogates import Final, Loss, Simultaneous, Slope, Surrogate, Unrolled
 from verideq.errors import InputError, UnknownName
 from verideq.models.zoo import linear_deq
 from verideq.parametrizations import RowGauge
@@ -162,8 +163,6 @@ def test_a_gradient_that_vanishes_is_noted() -> None:
 
     x = torch.tensor([[0.7, 0.2, 0.2], [0.3, 0.2, 0.1]], dtype=torch.float64)
     C = margin_rows(torch.tensor([0, 0]), 3)
-    from verideq.attacks.opened import PlainDynamics
-
     problem = Problem(PlainDynamics(Steps()), Region(x, "0.05"), C, torch.zeros(2, 2).double(), torch.arange(2))
     for attack in (PGD(5, 1), APGD("ce", 5), FAB(5)):
         vanished = attack.search(problem).vanished
@@ -233,6 +232,81 @@ def test_the_projection_onto_a_plane_is_the_nearest_point(w: list[float], x: lis
 def test_checkpoints_end_with_the_run() -> None:
     assert max(checkpoints(7)) <= 7
     assert checkpoints(1) == {1}
+
+
+class Hill(nn.Module):
+    """One output, to be brought below zero: a bent ridge, upside down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = (x - torch.tensor([0.45, 0.6, 0.5], dtype=x.dtype)).unbind(1)
+        return (3 * a**2 + 0.4 * b**2 + 1.1 * c**2 + 1.5 * a * b - 0.05 * torch.sin(9 * c + 4 * a) + 1)[:, None]
+
+
+class Seen(Surrogate):
+    """Writes down every point whose gradient is asked for."""
+
+    exact, name = True, "seen"
+
+    def __init__(self) -> None:
+        self.points: list[Tensor] = []
+
+    def slope(self, dynamics: Dynamics, x: Tensor, loss: Loss) -> Slope:
+        self.points.append(x.detach().clone())
+        return Final().slope(dynamics, x, loss)
+
+
+def auto_pgd(center: Tensor, start: Tensor, eps: float) -> tuple[Tensor, list[float]]:
+    """Croce & Hein's Algorithm 1, one sample, 40 steps: the iterates, and the step sizes after every checkpoint.
+
+    Whoever is sent back to the best point is at rest there.
+    """
+
+    def project(x: Tensor) -> Tensor:
+        return torch.clamp(x, center - eps, center + eps).clamp(0, 1)
+
+    def climbs(x: Tensor, other: Tensor) -> bool:
+        rise = float(f(x) - f(other))
+        assert torch.equal(x, other) or abs(rise) > 1e-11  # no comparison is a matter of rounding
+        return rise > 0 and not torch.equal(x, other)
+
+    def f(x: Tensor) -> Tensor:
+        return -Hill()(x[None])[0, 0]
+
+    x = last = best = best_at_check = start
+    size = size_at_check = 2 * eps
+    paid, since, trace, sizes = 0, 0, [start], []
+    for k in range(1, 41):
+        at = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(f(at), at)
+        assert float(slope.abs().min()) > 1e-6
+        ahead = project(x + size * slope.sign())
+        alpha = 1.0 if k == 1 else 0.75
+        last, x = x, project(x + alpha * (ahead - x) + (1 - alpha) * (x - last))
+        trace.append(x)
+        paid += climbs(x, last)
+        best = x if climbs(x, best) else best
+        if k in (9, 17, 23, 28, 32, 35, 38, 40):
+            stuck = size == size_at_check and not climbs(best, best_at_check)
+            size_at_check, best_at_check = size, best
+            if paid < 0.75 * (k - since) or stuck:
+                size, x, last = size / 2, best, best
+            paid, since = 0, k
+            sizes.append(size)
+    return torch.stack(trace), sizes
+
+
+def test_auto_pgd_takes_the_steps_of_its_algorithm() -> None:
+    x = torch.rand(24, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ones, seen = torch.ones(24, 1, 1, dtype=torch.float64), Seen()
+    problem = Problem(PlainDynamics(Hill()), Region(x, "0.25"), ones, 0 * ones[:, 0], torch.arange(24), seen)
+    APGD("dlr", 40).search(problem)
+    trace = torch.stack(seen.points, 1)
+    plans = []
+    for i in range(24):
+        wanted, sizes = auto_pgd(x[i], trace[i, 0], 0.25)
+        torch.testing.assert_close(trace[i], wanted, rtol=0, atol=1e-10)
+        plans.append(tuple(sizes))
+    assert len(set(plans)) > 3  # some halve their step where others go on
 
 
 @pytest.mark.parametrize(
