@@ -127,6 +127,38 @@ def test_the_first_adjoint_is_the_gradient_at_zero() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.6])
+def test_a_state_is_attacked_with_the_adjoint_of_the_step_after_it(beta: float) -> None:
+    """``z_n`` with ``u_{n+1}``, sample by sample, Broyden's inverse and the Jacobians as matrices."""
+    dynamics, x = general(gain=2.5), inputs(5)
+    for lag in (0, 1, None):
+        found = {n: Simultaneous((n,), beta, *([] if lag is None else [lag])) for n in (1, 2, 3, 5)}
+        gradients = {n: surrogate.slope(dynamics, x, entropy).gradient for n, surrogate in found.items()}
+        for i in range(3):
+            v = dynamics.stem(x[i])
+            weight: Tensor = dynamics.classifier.weight  # type: ignore[assignment]  # a Linear's
+
+            def f(z: Tensor, v: Tensor = v) -> Tensor:
+                return dynamics.cell(z[None], v[None])[0]
+
+            z, u, B = torch.zeros(6).double(), torch.zeros(6).double(), -torch.eye(6).double()
+            states, adjoints = [z], [u]
+            for _ in range(6):
+                J = torch.autograd.functional.jacobian(f, z)
+                wrong = torch.softmax(dynamics.classifier(z), 0) - F.one_hot(LABELS[i], 4)
+                u = u - beta * B.T @ (J.T @ u + weight.T @ wrong - u)
+                new = z - B @ (f(z) - z)
+                dz, dg = new - z, f(new) - new - f(z) + z
+                B = B + torch.outer(dz - B @ dg, dz @ B) / (dz @ B @ dg)
+                z = new
+                states.append(z)
+                adjoints.append(u)
+            for n, gradient in gradients.items():
+                by_v = 1 - f(states[n]) ** 2  # the derivative of tanh
+                wanted = (by_v * adjoints[n + (1 if lag is None else lag)]) @ dynamics.stem.weight
+                torch.testing.assert_close(gradient[i], wanted, rtol=1e-9, atol=1e-10)
+
+
 def test_an_ensemble_is_the_sum_of_its_states() -> None:
     dynamics, x = general(), inputs(5)
     for of in (lambda n: Unrolled(n, 2, 0.5), Simultaneous):
