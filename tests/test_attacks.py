@@ -258,7 +258,7 @@ class Seen(Surrogate):
 def auto_pgd(center: Tensor, start: Tensor, eps: float) -> tuple[Tensor, list[float]]:
     """Croce & Hein's Algorithm 1, one sample, 40 steps: the iterates, and the step sizes after every checkpoint.
 
-    Whoever is sent back to the best point is at rest there.
+    Here whoever is sent back to the best point is at rest there; the authors' code keeps the step before.
     """
 
     def project(x: Tensor) -> Tensor:
