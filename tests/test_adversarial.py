@@ -258,7 +258,7 @@ def test_the_command_trains_and_its_weights_load(tmp_path: Path, capsys: pytest.
 
 def test_the_shipped_recipes_are_valid() -> None:
     names = sorted(path.name for path in RECIPES.glob("*.toml"))
-    assert names == ["cifar10.toml", "deq-large.toml", "mnist.toml"]
+    assert names == ["cifar10.toml", "deq-large.toml", "mnist-unconverged.toml", "mnist.toml"]
     for name in names:
         recipe = AdversarialRecipe.read(RECIPES / name)
         assert read_values(recipe.toml()) == recipe
@@ -280,6 +280,8 @@ def read_values(text: str) -> object:
         ({"losss": "trades"}, "did you mean loss"),
         ({"loss": "fgsm"}, "adversarial loss"),
         ({"gradient": "jfb"}, "choose one of exact, phantom"),
+        ({"attack_gradient": "jfb"}, "attack_gradient 'jfb': choose one of exact, phantom"),
+        ({"architecture": "convnet", "attack_gradient": "exact"}, "convnet has no equilibrium"),
         ({"epochs": 0}, "epochs 0"),
         ({"samples": -1}, "samples -1"),
         ({"eps": "-1/255"}, "negative"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from verideq.equilibrium import DEQ, Broyden
+from verideq.equilibrium import DEQ, Broyden, Implicit, Phantom
 from verideq.equilibrium.dynamics import Injected
 from verideq.equilibrium.solvers import Solution
 from verideq.training.adversarial import LOSSES, AdversarialLoss, Adversary, pgd_at_loss, trades_loss
@@ -214,3 +214,17 @@ def test_the_jacobian_penalty_is_paid_in_its_share_of_the_steps(share: float) ->
         with torch.no_grad():
             slopes = 0.6 * (1 - model.step(model.settle(injected), injected) ** 2)  # of a diagonal
         assert sum(paid) / len(paid) == pytest.approx(0.5 * float(slopes.square().mean()), rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["pgd-at", "trades"])
+def test_an_adversary_climbs_the_gradient_that_it_believes(kind: str) -> None:
+    torch.manual_seed(0)
+    model = DEQ(nn.Linear(5, 8), lambda z, v: torch.tanh(v - z), nn.Linear(8, 3), gradient=Phantom(2, 0.5)).double()
+    believed, seen = Implicit(Broyden(max_steps=3)), Counter[tuple[bool, object]]()
+    model.register_forward_pre_hook(lambda *_: seen.update([(model.training, model.gradient)]))
+    adversary = Adversary(0.1, 3)
+    loss = AdversarialLoss(kind, adversary, climbed=believed)(model, batch(), LABELS, draw())
+    loss.backward()
+    assert set(seen) == {(False, believed), (True, model.gradient)} and model.gradient == Phantom(2, 0.5)
+    plain = AdversarialLoss(kind, adversary)(model, batch(), LABELS, draw())
+    assert float(loss) != float(plain)

@@ -256,10 +256,7 @@ class Seen(Surrogate):
 
 
 def auto_pgd(center: Tensor, start: Tensor, eps: float) -> tuple[Tensor, list[float]]:
-    """Croce & Hein's Algorithm 1, one sample, 40 steps: the iterates, and the step sizes after every checkpoint.
-
-    Here whoever is sent back to the best point is at rest there; the authors' code keeps the step before.
-    """
+    """Croce & Hein's Algorithm 1, one sample, 40 steps: the iterates, and the step sizes after every checkpoint."""
 
     def project(x: Tensor) -> Tensor:
         return torch.clamp(x, center - eps, center + eps).clamp(0, 1)
@@ -289,7 +286,7 @@ def auto_pgd(center: Tensor, start: Tensor, eps: float) -> tuple[Tensor, list[fl
             stuck = size == size_at_check and not climbs(best, best_at_check)
             size_at_check, best_at_check = size, best
             if paid < 0.75 * (k - since) or stuck:
-                size, x, last = size / 2, best, best
+                size, x = size / 2, best
             paid, since = 0, k
             sizes.append(size)
     return torch.stack(trace), sizes

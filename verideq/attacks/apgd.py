@@ -113,7 +113,7 @@ class APGD(Attack):
                 size = torch.where(halve, size / 2, size)
                 where = problem.broadcast(halve)
                 x, gradient = torch.where(where, best, x), torch.where(where, best_gradient, gradient)
-                before, value = torch.where(where, best, before), torch.where(halve, best_value, value)
+                value = torch.where(halve, best_value, value)
                 paid, start = torch.zeros_like(paid), step
         return found, blind
 
