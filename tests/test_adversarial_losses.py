@@ -219,12 +219,13 @@ def test_the_jacobian_penalty_is_paid_in_its_share_of_the_steps(share: float) ->
 @pytest.mark.parametrize("kind", ["pgd-at", "trades"])
 def test_an_adversary_climbs_the_gradient_that_it_believes(kind: str) -> None:
     torch.manual_seed(0)
-    model = DEQ(nn.Linear(5, 8), lambda z, v: torch.tanh(v - z), nn.Linear(8, 3), gradient=Phantom(2, 0.5)).double()
+    W = 3 * torch.randn(8, 8, dtype=torch.float64)
+    model = DEQ(nn.Linear(5, 8), lambda z, v: torch.tanh(z @ W + v), nn.Linear(8, 3), gradient=Phantom(2, 0.5)).double()
     believed, seen = Implicit(Broyden(max_steps=3)), Counter[tuple[bool, object]]()
     model.register_forward_pre_hook(lambda *_: seen.update([(model.training, model.gradient)]))
     adversary = Adversary(0.1, 3)
     loss = AdversarialLoss(kind, adversary, climbed=believed)(model, batch(), LABELS, draw())
-    loss.backward()
+    loss.backward()  # through the model's own
     assert set(seen) == {(False, believed), (True, model.gradient)} and model.gradient == Phantom(2, 0.5)
     plain = AdversarialLoss(kind, adversary)(model, batch(), LABELS, draw())
-    assert float(loss) != float(plain)
+    assert float(loss.detach()) != float(plain.detach())
