@@ -34,11 +34,12 @@ from verideq.certify.attack import general_hash
 from verideq.certify.bound import margin_rows
 from verideq.cli.main import run as command
 from verideq.data import load
-from verideq.equilibrium import DEQ, Broyden, Implicit, Picard, path
+from verideq.equilibrium import DEQ, Auto, Broyden, Equilibrium, Implicit, Picard, path
 from verideq.equilibrium.surrogates import Final, Simultaneous, Unrolled
 from verideq.errors import InputError, UnknownName
 from verideq.graph import load_model
 from verideq.models.mdeq import dense
+from verideq.parametrizations import RowGauge
 from verideq.region import Region
 from verideq.status import Status
 
@@ -122,6 +123,17 @@ def test_a_model_without_an_equilibrium_gets_each_attack_once() -> None:
     assert isinstance(problem.dynamics, PlainDynamics)
     suite = Suite("twice", (Stage(PGD(3, 1)), Stage(READY_MADE, Unrolled((1,))), Stage(READY_MADE)), prune=False)
     assert [t.name for t in suite.run(problem).tried] == ["PGD-3 at final", "PGD-10 at final"]
+
+
+def test_warm_gradients_of_a_hard_sigmoid_stop_at_its_ceiling() -> None:
+    torch.manual_seed(0)
+    layer = Equilibrium(RowGauge.apply(nn.Linear(12, 12, bias=False)), nn.Linear(6, 12), activation="hard-sigmoid")
+    model, x = nn.Sequential(layer, nn.Linear(12, 3)).double().eval(), 3 * torch.rand(5, 6, dtype=torch.float64)
+    assert bool((layer(x) == 1).any()) and bool((layer(x) == 0).any())
+    dynamics = open_model(model, tol=1e-12, backward_tol=1e-12)
+    exact = Final().slope(dynamics, x, lambda f: f[:, 0]).gradient
+    found = Warm(first=Auto(tol=1e-12)).slope(dynamics, x, lambda f: f[:, 0]).gradient
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
 
 
 def test_warm_gradients_are_the_exact_ones(digits: tuple[nn.Module, Tensor, Tensor]) -> None:

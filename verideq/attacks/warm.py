@@ -54,7 +54,8 @@ class Warm(Surrogate):
             outputs = dynamics.head(state, injected)
             losses = loss(outputs)
             upstream, direct = torch.autograd.grad(losses.sum(), (state, at), allow_unused=True, materialize_grads=True)
-        active, transposed, alpha = (z[0] > 0).to(z), frozen.operator.transpose(), frozen.alpha
+        active = dynamics.layer.activation.active(z[0]).to(z)
+        transposed, alpha = frozen.operator.transpose(), frozen.alpha
 
         def pull(y: Tensor) -> Tensor:
             gated = y[0] * active
