@@ -268,13 +268,15 @@ def _intermediate() -> tuple[Stage, ...]:
 
 def _full() -> tuple[Stage, ...]:
     adaptive = (APGD("ce"), APGD("t"))
+    every, (n, k, damping) = tuple(range(1, STATES + 1)), STRONGEST[0]
     _, *ready_made, square = _standard()
     return (
         *_intermediate(),
         *ready_made,
         Stage(APGD("ce"), Final(Phantom(5, 0.5))),
         *(Stage(attack, Unrolled((n,), k, damping)) for n, k, damping in STRONGEST for attack in adaptive),
-        *(Stage(APGD("t"), surrogate) for surrogate in WHOLE),
+        *(Stage(APGD("t"), surrogate) for surrogate in (*WHOLE, Unrolled(every, 1, 1.0))),
+        *(Stage(FAB(), surrogate) for surrogate in (Unrolled((n,), k, damping), Unrolled(every, 1, 1.0))),
         square,  # last: what it breaks, every attack by gradient had left
     )
 
