@@ -29,7 +29,7 @@ class Warm(Surrogate):
     # Its outputs are off by its tolerance, so that they do not decide.
     exact = False
 
-    def __init__(self, steps: int = 3, first: Solver = _FIRST) -> None:
+    def __init__(self, steps: int = 2, first: Solver = _FIRST) -> None:
         self.steps, self.first = steps, first
         self.last: tuple[Tensor, Tensor] | None = None
 
