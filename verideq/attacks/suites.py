@@ -131,8 +131,12 @@ class Suite:
     stages: tuple[Stage, ...]
     prune: bool = True
 
-    def run(self, problem: Problem) -> Report:
-        """Attack a batch. The problem's own surrogate is not used."""
+    def run(self, problem: Problem, tell: Callable[[int, int], None] = lambda stage, count: None) -> Report:
+        """Attack a batch. The problem's own surrogate is not used.
+
+        Args:
+            tell: called before every stage with its number and how many there are.
+        """
         worst = Found.nothing(problem)
         first = worst.margins
         by = torch.zeros(len(problem), dtype=torch.long)
@@ -140,10 +144,12 @@ class Suite:
         further = torch.zeros_like(blind)
         everyone = torch.arange(len(problem), device=worst.margins.device)
         tried: list[Tried] = []
-        for number, stage in enumerate(self._distinct(problem.dynamics)):
+        stages = self._distinct(problem.dynamics)
+        for number, stage in enumerate(stages):
             active = worst.open() if self.prune else everyone
             if not len(active) or (tried and problem.stop()):
                 break
+            tell(number + 1, len(stages))
             part = replace(problem[active], surrogate=stage.surrogate, stream=number << 32)
             found = stage.attack.search(part)
             by[active[found.margins < worst.margins[active]].cpu()] = number

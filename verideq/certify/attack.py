@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -68,11 +68,13 @@ class AttackRun(Run):
         defences: what decides, one an eps; the others are those of `Run`, of whose budget `attack` and `seed` are read.
         corruptions: by name, natural ones that every sample is tried under besides.
         training: the recipe that made the model, without its seed, and the seed; ``None`` where that is not known.
+        tell: of every attack of a suite before it begins: its number, and how many there are.
     """
 
     defences: Sequence[Defence] = ()
     corruptions: Sequence[str] = ()
     training: Mapping[str, Any] | None = None
+    tell: Callable[[int, int], None] = lambda stage, count: None
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -188,7 +190,7 @@ class AttackRun(Run):
         of such a sample it is asked once more, and for a margin that makes up for several times as much.
         """
         suite = SUITES[self.budget.attack].looking_at(defence.reads)
-        report = suite.run(part)
+        report = suite.run(part, self.tell)
         outputs = self._own(prepared, defence, report.points)
         broken = part.region.contains(report.points) & (outputs.argmax(1) != labels)
         missed = ((report.margins < 0) & ~broken).nonzero().flatten()

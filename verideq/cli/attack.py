@@ -119,7 +119,7 @@ def attack(
             corruptions=chosen_corruptions, training=training_of(model),
         )  # fmt: skip
         try:
-            summary = execute(run, resume, world, quiet=as_json, what="attacking")
+            summary = execute(run, resume, world, quiet=as_json)
         except KeyboardInterrupt:
             raise Interrupted(folder) from None
     if not world.leads:

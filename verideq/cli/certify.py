@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from verideq.attacks import SUITES
 from verideq.attacks.opened import has_states, is_opaque
+from verideq.certify.attack import AttackRun
 from verideq.certify.bound import METHODS
 from verideq.certify.budget import Budget
 from verideq.certify.run import Questions, Run
@@ -175,13 +177,15 @@ def warn(text: str) -> None:
     )
 
 
-def execute(run: Run, resume: bool, world: World, *, quiet: bool, what: str = "certifying") -> dict[str, Any]:
+def execute(run: Run, resume: bool, world: World, *, quiet: bool) -> dict[str, Any]:
     """Run it under a progress bar."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     bar = Progress(*columns, console=Console(stderr=True, emoji=False), disable=quiet or not world.leads)
-    task = bar.add_task(what, total=None)
+    task = bar.add_task("attacking" if isinstance(run, AttackRun) else "certifying", total=None)
+    if isinstance(run, AttackRun):
+        run = replace(run, tell=lambda n, all_: bar.update(task, description=f"attacking, {n} of {all_} attacks"))
 
     def show(done: int, total: int) -> None:
         bar.start()  # not before the folder is accepted: a refusal is one line and nothing else
