@@ -251,6 +251,16 @@ def test_it_hands_back_what_it_has_when_time_is_up(monkeypatch: pytest.MonkeyPat
     assert accepted(prepared, query, bounds, 0, lower - 1e-5 * (1 + abs(lower)))[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_ends_where_the_time_was_up_long_before(kind: str) -> None:
+    prepared = prepare(network(kind, 0))
+    stage = first(prepared, question(prepared, 0.2, count=12), tightened=True)
+    late = replace(stage, query=replace(stage.query, deadline=time.monotonic() - 60))
+    assert bool((~stage.query.closed(stage.best.lower)).any())
+    bounds = Branching(late).run()
+    assert not bounds.witnesses and torch.equal(bounds.box.lower, stage.best.lower)
+
+
 def test_inputs_are_cut_only_where_there_are_few() -> None:
     # For maxima: what is left open where no unit is unstable is otherwise solved as a linear program.
     for inputs, wanted in ((3, True), (FEATURES + 1, False)):

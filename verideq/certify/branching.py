@@ -227,7 +227,7 @@ class Branching:
         """Bound some parts: those of samples that have time left."""
         waiting = list(parts)
         while waiting:
-            size = int(min(self.fitting, SLICE * self.accounts.limit / self.pace)) or 1
+            size = max(1, int(min(self.fitting, SLICE * self.accounts.limit / self.pace)))  # less than none may be left
             chunk = [pair for pair in waiting[:size] if not self.accounts.late(pair[0].sample)]
             del waiting[:size]
             if chunk:
