@@ -50,6 +50,42 @@ class Coarse(nn.Module):
 
 def coarse():
     return Coarse()
+
+
+class Strange(nn.Module):
+    # Tanh, which verideq cannot trace; NaN where the first pixel is dark. Or constant.
+    def __init__(self, constant=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.constant = nn.Linear(4, 3), constant
+
+    def forward(self, x):
+        if self.constant:
+            return self.layer.bias.expand(len(x), 3)
+        y = torch.tanh(self.layer(x.flatten(1)))
+        return torch.where(x.flatten(1)[:, :1] < 0.3, torch.nan * y, y)
+
+
+def strange():
+    return Strange()
+
+
+def constant():
+    return Strange(constant=True)
+
+
+def brain():
+    return Strange().bfloat16()
+
+
+def needle():
+    first, last = nn.Linear(1, 3), nn.Linear(3, 2)
+    with torch.no_grad():
+        first.weight.fill_(1.0)
+        first.bias.copy_(torch.tensor([-0.55, -0.555, -0.56]))
+        last.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [1000.0, -2000.0, 1000.0]]))
+        last.bias.copy_(torch.tensor([0.5, 0.0]))
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), last)
 """
 SMALL = Suite("intermediate", (Stage(PGD(5, 1)), Stage(PGD(3, 1), Unrolled((2,), 2, 0.5)), Stage(Square(20))))
 
@@ -58,6 +94,7 @@ SMALL = Suite("intermediate", (Stage(PGD(5, 1)), Stage(PGD(3, 1), Unrolled((2,),
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with builders and the weights of a general DEQ."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(SUITES, "intermediate", SMALL)
     monkeypatch.setitem(ATTACKS, "intermediate", SMALL)
     name = f"builders_{tmp_path.name}".replace("-", "_")
@@ -135,6 +172,50 @@ def test_what_rounding_saves_is_asked_again(here: Path, capsys: pytest.CaptureFi
     _, narrow = attacked(here, "coarse", *options, "--eps", "0.08", out="narrow")
     assert [r["attacked"] for r in narrow] == [True, True]
     assert all("breaks a float64 copy, and not the model" in r["reason"] for r in narrow)
+    capsys.readouterr()
+
+
+def labelled(images: np.ndarray, labels: list[int]) -> list[str]:
+    np.savez("data.npz", images=images, labels=np.array(labels))
+    return ["--data", "data.npz"]
+
+
+def test_outputs_that_are_no_numbers_are_errors(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = np.random.default_rng(0).random((12, 4))
+    images[:, 0] = np.linspace(0.05, 0.95, 12)
+    outputs = __import__(here.name).strange()(torch.tensor(images).float())
+    options = labelled(images, outputs.nan_to_num(0.0).argmax(1).tolist())
+    model = [f"{here.name}:strange", "--suite", "standard", "--eps", "0.2", "--eps", "0", "--threads", "1"]
+    assert command(["attack", *model, *options, "--out", "run"]) == 1
+    lines = [json.loads(line) for line in Path("run", "results.jsonl").read_text().splitlines()]
+    dark = [r for r in lines if images[r["index"], 0] < 0.3]
+    assert dark and all(r["status"] == "ERROR" and r["attacked"] is None and r["prediction"] is None for r in dark)
+    assert all(r["status"] == "UNKNOWN" for r in lines if r not in dark)
+    witnesses = [np.load(Path("run", r["witness"])) for r in lines if r["witness"]]
+    assert all(w.flatten()[0] >= 0.3 for w in witnesses)  # NaN is no other class
+    capsys.readouterr()
+
+
+def test_no_gradient_leaves_square(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bias = __import__(here.name).constant().layer.bias
+    options = labelled(np.full((3, 4), 0.5), [int(bias.argmax())] * 3)
+    _, lines = attacked(here, "constant", "--suite", "standard", "--eps", "0.1", *options)
+    assert all(r["blind"] and r["attacked"] for r in lines)
+    _, still = attacked(here, "constant", "--suite", "pgd", "--eps", "0", *options, out="still")
+    assert not any(r["blind"] for r in still)  # none was asked for
+    attacked(here, "brain", "--suite", "pgd", "--eps", "0.1", *labelled(np.full((3, 4), 0.5), [0, 1, 2]), out="brain")
+    capsys.readouterr()
+
+
+def test_what_a_bound_has_broken_does_not_survive_an_attack(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = [f"{here.name}:needle", *labelled(np.full((6, 1), 0.6), [0] * 6), "--eps", "0.2", "--threads", "1"]
+    for attack in ("pgd", "standard"):
+        assert command(["certify", *model, "--attack", attack, "--method", "exact", "--out", attack]) == 0
+        lines = [json.loads(line) for line in Path(attack, "results.jsonl").read_text().splitlines()]
+        assert all(r["status"] == "FALSIFIED" and r["attacked"] is False for r in lines)
+        (result,) = json.loads(Path(attack, "summary.json").read_text())["results"]
+        assert result["attacked"] == 0
+    assert all(r["attack_margin"] is None or r["attack_margin"] < 0 for r in lines)
     capsys.readouterr()
 
 

@@ -307,6 +307,20 @@ def test_through_the_solver_it_is_the_gradient_of_an_unconverged_state(
     torch.testing.assert_close(found.gradient, differences, rtol=1e-5, atol=1e-6)
 
 
+def test_through_the_solver_stops_where_the_model_stops() -> None:
+    """At a tolerance, by sample; and before iterates that are no numbers."""
+    torch.manual_seed(0)
+    W, x = torch.randn(5, 5).double(), 2 * inputs(5)
+    for cell, solver in (
+        (lambda z, v: torch.tanh(0.3 * z @ W + v), Broyden(tol=0.05, max_steps=20)),
+        (lambda z, v: v + 100 * (z @ W) ** 3, Broyden(max_steps=30)),
+    ):
+        model = DEQ(nn.Linear(5, 5), cell, nn.Linear(5, 3), solver=solver, gradient=Phantom(1, 0.1)).double()
+        found = Through().slope(model, x, entropy)
+        torch.testing.assert_close(found.outputs, model.outputs(x), rtol=1e-9, atol=1e-9)
+        assert bool(found.gradient.isfinite().all())
+
+
 @pytest.mark.parametrize("kind", OPENED)
 @pytest.mark.parametrize(
     "surrogate", [Final(), Unrolled((3,), 2), Simultaneous((3,)), Through((2, 3))], ids=lambda s: s.name

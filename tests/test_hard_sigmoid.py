@@ -198,6 +198,14 @@ def test_methods_for_relu_say_so(method: str) -> None:
 def test_auto_never_leaves_the_methods_that_know_it() -> None:
     prepared = prepare(net())
     assert Budget(timeout=5.0).methods(prepared) == ("interval", "adjoint", "adjoint-ascent")
+    # With a monotone layer behind it, too, for which the quadratic bound would be.
+    torch.manual_seed(5)
+    monotone = Equilibrium(MonDEQ.from_weights(torch.randn(4, 4), 2 * torch.randn(4, 4), 1.0), nn.Linear(6, 4))
+    mixed = prepare(nn.Sequential(dense(), monotone, nn.Linear(4, 3)).double().eval())
+    assert mixed.monotone and Budget(timeout=5.0).methods(mixed) == ("interval", "adjoint", "adjoint-ascent")
+    labels = mixed.graph(X).argmax(1)
+    verdicts = certify(mixed, X, labels, "1/1000", timeout=5.0)
+    assert all(v.status is not Status.ERROR for v in verdicts) and any(v.certified for v in verdicts)
     labels = prepared.graph(X).argmax(1)
     verdicts = certify(prepared, X, labels, "1/100", attack="pgd", timeout=20.0)
     assert {v.status for v in verdicts} <= {Status.CERTIFIED, Status.FALSIFIED, Status.UNKNOWN}

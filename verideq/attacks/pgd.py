@@ -97,7 +97,7 @@ class PGD(Attack):
                 part = slice(k * count, (k + 1) * count)
                 found.note(result.points[part], result.margins[part], active)
                 blind[active] &= seen[part]
-        return Found(found.points, found.margins, blind)
+        return Found(found.points, found.margins, blind if problem.movable else None)
 
     def _start(self, problem: Problem, restart: int) -> Tensor:
         noisy = (restart > 0 or self.plain) and problem.movable

@@ -79,7 +79,7 @@ class Report:
         margins: (batch,), of what decides, at these points.
         first: (batch,), after the first stage; NaN where no other was tried.
         by: (batch,), the number of the stage that found the point.
-        blind: (batch,), whether no stage that asked for gradients met one.
+        blind: (batch,), whether stages asked for gradients, and none met one.
         tried: stage by stage.
     """
 
@@ -140,8 +140,7 @@ class Suite:
         worst = Found.nothing(problem)
         first = worst.margins
         by = torch.zeros(len(problem), dtype=torch.long)
-        blind = torch.ones(len(problem), dtype=torch.bool, device=worst.margins.device)
-        further = torch.zeros_like(blind)
+        asked, met, further = torch.zeros(3, len(problem), dtype=torch.bool, device=worst.margins.device)
         everyone = torch.arange(len(problem), device=worst.margins.device)
         tried: list[Tried] = []
         stages = self._distinct(problem.dynamics)
@@ -157,11 +156,11 @@ class Suite:
                 further[active] = True
             worst.note(found.points, found.margins, active)
             if found.vanished is not None:
-                blind[active] &= found.vanished
+                asked[active], met[active] = True, met[active] | ~found.vanished
             tried.append(Tried(stage.name, active, found))
             first = worst.margins.clone() if number == 0 else first
         first = torch.where(further, first, torch.nan)
-        return Report(worst.points, worst.margins, first, by, blind, tuple(tried))
+        return Report(worst.points, worst.margins, first, by, asked & ~met, tuple(tried))
 
     @property
     def looks_inside(self) -> bool:

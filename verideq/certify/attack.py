@@ -153,7 +153,8 @@ class AttackRun(Run):
         started = time.monotonic()
         outputs = self._own(prepared, defence, region.center)
         predictions = outputs.argmax(1)
-        right = (predictions == labels).nonzero().flatten()
+        finite = outputs.isfinite().all(1)
+        right = (finite & (predictions == labels)).nonzero().flatten()
         C = margin_rows(labels, outputs.shape[1])
         rhs = torch.zeros(C.shape[:2], dtype=C.dtype, device=C.device)
         whole = Problem(
@@ -171,10 +172,12 @@ class AttackRun(Run):
             found = self._judge(prepared, whole[right], report, broken, right.tolist())
         seconds = (time.monotonic() - started) / len(labels)
         wrong = {"status": Status.MISCLASSIFIED, "reason": "the model is wrong on the input itself"}
+        nothing = {"status": Status.ERROR, "reason": "the outputs at the centre are not finite"}
         return [
             Outcome(
                 margin=None, eps=region.eps, norm=region.norm, method="none", checked=False, seconds=seconds,
-                prediction=int(predictions[i]), label=int(labels[i]), **found.get(i, wrong),
+                prediction=int(predictions[i]) if bool(finite[i]) else None, label=int(labels[i]),
+                **found.get(i, wrong if bool(finite[i]) else nothing),
             )
             for i in range(len(labels))
         ]  # fmt: skip
@@ -190,17 +193,21 @@ class AttackRun(Run):
         of such a sample it is asked once more, and for a margin that makes up for several times as much.
         """
         suite = SUITES[self.budget.attack].looking_at(defence.reads)
+
+        def breaks(outputs: Tensor, labels: Tensor) -> Tensor:
+            return outputs.isfinite().all(1) & (outputs.argmax(1) != labels)
+
         report = suite.run(part, self.tell)
         outputs = self._own(prepared, defence, report.points)
-        broken = part.region.contains(report.points) & (outputs.argmax(1) != labels)
+        broken = part.region.contains(report.points) & breaks(outputs, labels)
         missed = ((report.margins < 0) & ~broken).nonzero().flatten()
         if len(missed):
             own = part[missed]
             copied = (own.decide or own.dynamics.outputs)(report.points[missed])
-            spare = 4 * (outputs[missed] - copied).abs().amax(1)
+            spare = 4 * (outputs[missed] - copied).abs().amax(1).nan_to_num(0.0, 0.0)
             deeper = suite.run(replace(own, rhs=own.rhs - spare[:, None]))
-            predicted = self._own(prepared, defence, deeper.points).argmax(1)
-            found = own.region.contains(deeper.points) & (predicted != labels[missed])
+            found = own.region.contains(deeper.points)
+            found &= breaks(self._own(prepared, defence, deeper.points), labels[missed])
             broken[missed] = found
             report = report.replaced(missed[found], deeper, found, deeper.margins - spare)
         return report, broken
@@ -221,6 +228,7 @@ class AttackRun(Run):
             curves = [entropy(prepared.dynamics.outputs(x))[None] for x in (region.center, points)]
         else:
             curves = [entropy_curve(prepared.dynamics, x) for x in (region.center, points)]
+        known = torch.cat(curves).isfinite().all(0)
         result = {}
         for k, i in enumerate(places):
             name = report.name(k)
@@ -238,7 +246,7 @@ class AttackRun(Run):
                 "attacked": not bool(broken[k]),
                 "witness": points[k].cpu().numpy() if bool(broken[k]) else None,
                 **report.account(k),
-                "entropies": (curves[0][:, k].tolist(), curves[1][:, k].tolist()),
+                "entropies": (curves[0][:, k].tolist(), curves[1][:, k].tolist()) if bool(known[k]) else None,
             }
         return result
 
@@ -272,7 +280,7 @@ def summarise_attack(records: list[dict[str, Any]], meta: Mapping[str, Any]) -> 
     """`summarise`, with `entropy` an eps, and with `corruptions` where some were asked for."""
     summary = summarise(records, meta)
     for result in summary["results"]:
-        mine = [r for r in records if r["eps"] == result["eps"] and r["attacked"] is not None]
+        mine = [r for r in records if r["eps"] == result["eps"] and r["entropy_clean"] is not None]
         final = [[torch.tensor([r[key][-1] for r in mine])] for key in ("entropy_clean", "entropy_attacked")]
         compared = entropies(final[0][0], final[1][0]) if mine else None
         result["entropy"] = None if compared is None else {"P": compared.share, "dH": compared.difference}
@@ -299,5 +307,5 @@ def general_hash(model: torch.nn.Module) -> str:
     digest = hashlib.sha256(repr(model).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

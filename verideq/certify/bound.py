@@ -227,7 +227,7 @@ METHODS: dict[str, Method] = {
 
 
 def _auto(prepared: Prepared, query: Query) -> Bounds:
-    return METHODS["quadratic" if prepared.monotone else "adjoint-refined"](prepared, query)
+    return METHODS["quadratic" if prepared.monotone and prepared.rectified else "adjoint-refined"](prepared, query)
 
 
 def method_named(method: str) -> Method:

@@ -8,7 +8,6 @@ from fractions import Fraction
 from verideq.attacks import SUITES, attack_named
 from verideq.certify.bound import method_named
 from verideq.certify.method import Prepared
-from verideq.equilibrium import RELU
 from verideq.errors import InputError
 
 LARGE = 2**24
@@ -75,9 +74,8 @@ class Budget:
             return (self.method,)
         if prepared.missing:
             return ("interval",)
-        rectified = all(layer.activation == RELU for _, layer in prepared.graph.equilibria())
-        last = "branch-and-bound" if self.timeout and rectified else None
-        if prepared.monotone:
+        last = "branch-and-bound" if self.timeout and prepared.rectified else None
+        if prepared.monotone and prepared.rectified:
             return tuple(m for m in ("interval", "quadratic", last) if m)
         # Each of these goes through those before it, and says which of them was enough.
         return "interval", "adjoint", last or "adjoint-ascent"

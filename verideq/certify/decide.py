@@ -33,6 +33,8 @@ RESERVE = 0.85
 """The share of the time that is left which a bound may use up: a checker has to read what it proves."""
 ATTACK = 0.5
 """And which an attack may use up."""
+FOLLOWED = "PGD from where a bound is attained"
+"""How accounts call what no attack of a suite has found."""
 
 
 def certify(
@@ -172,6 +174,10 @@ class _Draft:
             and not self.accounts.late(i, RESERVE)
         ]
 
+    def attackable(self, places: Sequence[int]) -> list[int]:
+        """Those that no witness has broken, with time left: what is certified too, to be held against the attack."""
+        return [i for i in places if self.verdicts[i].status is not Status.FALSIFIED and not self.accounts.late(i)]
+
     def expire(self, places: Sequence[int], share: float = 1.0) -> None:
         """What is open, or was proved just now, if this share of the time is over."""
         for i in places:
@@ -197,7 +203,7 @@ def _decide(prepared: Prepared, task: Task, budget: Budget, original: nn.Module 
     stages.insert(1, None)
     shape = Footprint.of(prepared, task.region.center, task.rhs.shape[1])
     for method in stages:
-        places = draft.open(right) if method is not None else [i for i in right if not draft.accounts.late(i)]
+        places = draft.open(right) if method is not None else draft.attackable(right)
         for group in _groups(places, shape, method):
             part = task[torch.tensor(group)]
             if method is None:
@@ -374,6 +380,9 @@ def _follow(
                 prepared, part, original, attack, bounds, left, lambda: time.monotonic() > deadline
             )  # fmt: skip
             _judge(part[torch.tensor(left)], draft, chosen, found)
+        for k, i in enumerate(chosen if isinstance(attack, Suite) else []):
+            if bool(found.deployed[k]):
+                draft.set(i, attack=FOLLOWED, attack_margin=None)
         for i in chosen if attack is None else []:  # there was none, whatever the bound met on its way
             draft.set(i, attacked=None)
 

@@ -82,6 +82,11 @@ class Prepared:
         """The equilibrium of this name."""
         return dict(self.graph.equilibria())[name]
 
+    @property
+    def rectified(self) -> bool:
+        """Whether every equilibrium is one of ReLU."""
+        return all(layer.activation == RELU for _, layer in self.graph.equilibria())
+
     def require_method(self, method: str) -> None:
         """Nothing, if the method knows the activation of every equilibrium.
 

@@ -118,12 +118,10 @@ def _count(eps: float, norm: str, records: list[Mapping[str, Any]], with_attack:
 
 
 def _account(records: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of a suite: `by_attack`, broken samples by what of it broke them (not those that only a bound's own point broke),
-    and `warnings`.
-    """
+    """Of a suite: `by_attack`, broken samples by what broke them, and `warnings`."""
     mine = [r for r in records if r["attacked"] is not None and r["attack"] is not None]
     last = [0.0 if r["attack_margin"] is None else float(r["attack_margin"]) for r in mine]
-    broken = [r["attack"] if r["attacked"] is False and m <= 0 else None for r, m in zip(mine, last, strict=True)]
+    broken = [r["attack"] if r["attacked"] is False else None for r in mine]
     return {
         "by_attack": dict(Counter(name for name in broken if name is not None).most_common()),
         "warnings": warnings_of(broken, [bool(r["blind"]) for r in mine], [r["first_margin"] for r in mine], last),

@@ -38,9 +38,9 @@ class Dynamics(ABC):
         return ()
 
     @property
-    def stops(self) -> int:
-        """Broyden steps after which a model stops that does not wait for its equilibrium; of others any number is."""
-        return TRACK.max_steps
+    def track(self) -> Broyden:
+        """How a model stops that does not wait for its equilibrium; of one that does any way is as good."""
+        return TRACK
 
     def finish(self, z: Tensor, injected: Injected) -> Tensor:
         """What the model makes of the state at which its solver stopped, differentiable; the head reads that."""
@@ -125,8 +125,8 @@ class DEQ(nn.Module, Dynamics):
         return outputs
 
     @property
-    def stops(self) -> int:
-        return self.solver.max_steps if isinstance(self.solver, Broyden) else super().stops
+    def track(self) -> Broyden:
+        return self.solver if isinstance(self.solver, Broyden) else TRACK
 
     def finish(self, z: Tensor, injected: Injected) -> Tensor:
         if isinstance(self.gradient, Phantom):
@@ -191,20 +191,19 @@ def path(dynamics: Dynamics, injected: Injected, track: Solver = TRACK, steps: i
         if isinstance(track, Broyden):
             for iterate in islice(broyden(lambda z: dynamics.step(z, fixed), start), 1, count + 1):
                 states.append(iterate.value)
-                residuals.append(relative(iterate.change, iterate.value + iterate.change))
+                residuals.append(_relative(iterate.change, iterate.value + iterate.change))
         elif isinstance(track, Picard):
             image = dynamics.step(start, fixed)
             for _ in range(count):
                 z, image = image, dynamics.step(image, fixed)
                 states.append(z)
-                residuals.append(relative(image - z, image))
+                residuals.append(_relative(image - z, image))
         else:
             raise InputError(f"the states along a forward pass are those of Broyden or Picard; got {track}")
         return Path(torch.stack(states), torch.stack(residuals))
 
 
-def relative(change: Tensor, image: Tensor) -> Tensor:
-    """``‖f(z) - z‖ / ‖f(z)‖``, (batch,)."""
+def _relative(change: Tensor, image: Tensor) -> Tensor:
     size = image.flatten(1).norm(dim=1).clamp(min=torch.finfo(image.dtype).tiny)
     residual: Tensor = change.flatten(1).norm(dim=1) / size
     return residual

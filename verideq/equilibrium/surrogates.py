@@ -24,8 +24,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from verideq.equilibrium.broyden import Iterate, broyden, iterates
-from verideq.equilibrium.dynamics import TRACK, Dynamics, path, relative
+from verideq.equilibrium.broyden import broyden, iterates
+from verideq.equilibrium.dynamics import TRACK, Dynamics, Injected, path
 from verideq.equilibrium.gradients import Gradient, Implicit
 from verideq.equilibrium.solvers import Solver
 from verideq.errors import InputError
@@ -226,29 +226,44 @@ class Through(Surrogate):
         with torch.enable_grad():
             at = x.detach().requires_grad_()
             injected = dynamics.inject(at)
-            every = iterates(lambda z: dynamics.step(z, injected), dynamics.start(injected))
-            seen = list(islice(every, 1, max(self.states or (dynamics.stops,)) + 1))
             if self.states:
-                z = torch.stack([seen[n - 1].value for n in self.states]).mean(0)
+                every = _states(dynamics, injected, max(self.states))
+                z = torch.stack([every[n] for n in self.states]).mean(0)
             else:
-                z = dynamics.finish(_settled(seen), injected)
+                z = dynamics.finish(self._stopped(dynamics, injected), injected)
             outputs = dynamics.head(z, injected)
             return _slope(loss(outputs), at, outputs)
+
+    @staticmethod
+    def _stopped(dynamics: Dynamics, injected: Injected) -> Tensor:
+        """Every sample's own last iterate. Nothing behind it is computed, which need not be finite."""
+        solver = dynamics.track
+        residuals = path(dynamics, injected, solver).residuals.nan_to_num(torch.inf, torch.inf)
+        settled = residuals <= solver.tolerance(residuals.dtype)
+        last = torch.where(settled.any(0), (settled.cumsum(0) == 0).sum(0), residuals.argmin(0)) + 1
+        z = dynamics.start(injected)
+        for n in torch.unique(last).tolist():
+            rows = (last == n).nonzero().flatten()
+            own = {name: tensor[rows] for name, tensor in injected.items()}
+            z = z.index_put((rows,), _states(dynamics, own, n)[n])
+        return z
 
     @property
     def name(self) -> str:
         return f"through {_places(self.states) if self.states else 'all'}"
 
 
-def _settled(seen: list[Iterate]) -> Tensor:
-    """Of every sample the iterate of lowest residual."""
-    with torch.no_grad():
-        lowest = torch.stack([relative(i.change, i.value + i.change) for i in seen]).argmin(0)
-    return torch.stack([i.value for i in seen])[lowest, torch.arange(len(lowest), device=lowest.device)]
+def _states(dynamics: Dynamics, injected: Injected, last: int) -> list[Tensor]:
+    """``z_0 ... z_last`` of Broyden's method, differentiable."""
+    every = iterates(lambda z: dynamics.step(z, injected), dynamics.start(injected))
+    return [iterate.value for iterate in islice(every, last + 1)]
 
 
 def _slope(losses: Tensor, at: Tensor, outputs: Tensor) -> Slope:
-    (gradient,) = torch.autograd.grad(losses.sum(), at)
+    """Of losses that need not depend on the inputs."""
+    gradient = torch.zeros_like(at)
+    if losses.requires_grad:
+        (gradient,) = torch.autograd.grad(losses.sum(), at, allow_unused=True, materialize_grads=True)
     return Slope(losses.detach(), gradient, outputs.detach())
 
 
