@@ -190,23 +190,9 @@ class Suite:
         stop: Callable[[], bool] = lambda: False,
     ) -> tuple[Tensor, Tensor]:
         """The pointwise worst points and margins, as `PGD` returns them."""
-        report = self.report(model, region, C, rhs, indices=indices, seed=seed, stop=stop)
-        return report.points, report.margins
-
-    def report(
-        self,
-        model: nn.Module,
-        region: Region,
-        C: Tensor,
-        rhs: Tensor,
-        *,
-        indices: Tensor,
-        seed: int = 0,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> Report:
-        """The same with all that is known of it."""
         dynamics = open_model(model, device=region.center.device)
-        return self.run(Problem(dynamics, region, C, rhs, indices, seed=seed, stop=stop))
+        report = self.run(Problem(dynamics, region, C, rhs, indices, seed=seed, stop=stop))
+        return report.points, report.margins
 
     def follow(
         self,

@@ -6,12 +6,11 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from verideq.attacks import Suite, attack_named
+from verideq.attacks import Problem, Suite, attack_named, open_model
 from verideq.box import Box
 from verideq.certify.bound import elide, run_method
 from verideq.certify.budget import Budget
@@ -345,16 +344,19 @@ def _attack(
     if attack is None:
         return
     with draft.accounts.charged(right, ATTACK) as deadline:
-        task = target(prepared), part.region, part.C, part.rhs
-        options: dict[str, Any] = {"indices": part.indices, "seed": budget.seed}
-        options["stop"] = lambda: time.monotonic() > deadline
+        model, rows = target(prepared), (part.region, part.C, part.rhs)
+
+        def late() -> bool:
+            return time.monotonic() > deadline
+
         if isinstance(attack, Suite):
-            report = attack.report(*task, **options)
+            dynamics = open_model(model, device=prepared.device)
+            report = attack.run(Problem(dynamics, *rows, part.indices, seed=budget.seed, stop=late))
             points, margins = report.points, report.margins
             for k, i in enumerate(right):
                 draft.set(i, **report.account(k))
         else:
-            points, margins = attack(*task, **options)
+            points, margins = attack(model, *rows, indices=part.indices, seed=budget.seed, stop=late)
         _judge(part, draft, right, examined(prepared, part, original, points, margins))
 
 
