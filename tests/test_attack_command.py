@@ -44,7 +44,8 @@ class Coarse(nn.Module):
         self.register_buffer("one", torch.ones(()))
 
     def forward(self, x):
-        y = torch.stack([torch.full_like(x[:, 0], 0.5), x[:, 0]], 1)
+        hills = torch.maximum(0.53 - 3 * (x[:, 0] - 0.5).abs(), 0.9 - 3 * (x[:, 0] - 0.8).abs())
+        y = torch.stack([torch.full_like(x[:, 0], 0.5), hills], 1)
         return y if y.dtype == torch.float64 else (8 * y).round() / 8
 
 
@@ -162,16 +163,21 @@ def test_one_attack_alone_is_not_said_to_gain_nothing(capsys: pytest.CaptureFixt
     assert result["attacked"] >= 20 and result["warnings"] == []
 
 
-def test_what_rounding_saves_is_asked_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A float64 copy is broken from 0.5 on; the model itself, which rounds to eighths, from 0.5625."""
-    images = np.full((2, 1), 0.45)
-    np.savez("data.npz", images=images, labels=np.zeros(2, dtype=np.int64))
-    options = ["--data", "data.npz", "--suite", "pgd"]
-    _, wide = attacked(here, "coarse", *options, "--eps", "0.2", out="wide")
-    assert [r["attacked"] for r in wide] == [False, False]
+def test_what_rounding_saves_is_asked_again(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hill beside the input breaks a float64 copy, and not the model, which rounds to eighths; the one behind it
+    breaks both, and is found by starts that are drawn.
+    """
+    monkeypatch.setitem(SUITES, "pgd", Suite("pgd", (Stage(PGD(20, 1, 0.05)), Stage(PGD(20, 4)))))
+    options = [*labelled(np.full((12, 1), 0.45), [0] * 12), "--suite", "pgd"]
+    _, wide = attacked(here, "coarse", *options, "--eps", "0.4", out="wide")
+    assert sum(r["attacked"] is False for r in wide) >= 3
+    assert all(r["attack_margin"] < -0.0625 for r in wide if r["attacked"] is False)
     _, narrow = attacked(here, "coarse", *options, "--eps", "0.08", out="narrow")
-    assert [r["attacked"] for r in narrow] == [True, True]
-    assert all("breaks a float64 copy, and not the model" in r["reason"] for r in narrow)
+    assert all(r["attacked"] for r in narrow)
+    for r in narrow + [r for r in wide if r["attacked"]]:
+        assert "breaks a float64 copy, and not the model" in r["reason"]
     capsys.readouterr()
 
 
